@@ -1,0 +1,398 @@
+"""The policy: one decoder-only transformer, its checkpoints, its KV cache, and the log-probabilities RL needs.
+
+Read top to bottom: RMSNorm -> rotary positions -> attention -> SwiGLU -> Transformer -> fused log-probs -> load/save.
+One class covers Qwen3 (QK-norm), Qwen2 (qkv bias) and Llama (neither). Parameters carry Hugging Face's names, so a
+checkpoint loads without renaming, and the tiny models of this repository and Qwen3-8B come in through the same door.
+
+Two conventions remove whole families of bugs:
+  * batches are padded on the RIGHT. A causal model never looks right, so padding needs no mask in training and
+    a token's position is simply its index;
+  * cache slot == position. A row of length n writes its next key into slot n, overwriting whatever padding is there.
+
+Shapes: B rows, T tokens, D hidden, H query heads, K key/value heads, h head size, S cache slots, V vocabulary, N = B*T.
+"""
+import functools
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+@dataclass
+class Config:
+    """The part of a Hugging Face config.json that decides the computation."""
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rope_theta: float
+    rms_norm_eps: float
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    qk_norm: bool
+    qkv_bias: bool
+
+    @classmethod
+    def from_hf(cls, hf):
+        """Reads a config.json dictionary. ValueError names whatever this file does not implement."""
+        kind = hf.get("model_type")
+        if kind not in ("qwen3", "qwen2", "llama"):
+            raise ValueError(f"model_type {kind!r} is not implemented (qwen3, qwen2 and llama are)")
+        rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}  # transformers 5 | 4
+        scaling = rope.get("rope_type", rope.get("type", "default"))
+        unsupported = [f"{name}={value!r}" for name, value, fine in (
+            ("rope scaling", scaling, scaling == "default"),
+            ("hidden_act", hf.get("hidden_act", "silu"), hf.get("hidden_act", "silu") == "silu"),
+            ("attention_bias", True, not hf.get("attention_bias")),
+            ("mlp_bias", True, not hf.get("mlp_bias")),
+            ("use_sliding_window", True, not hf.get("use_sliding_window"))) if not fine]
+        if unsupported:
+            raise ValueError(f"this {kind} checkpoint needs {', '.join(unsupported)}, which is not implemented")
+        heads = hf["num_attention_heads"]
+        return cls(
+            **{key: hf[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                                        "num_attention_heads", "rms_norm_eps", "max_position_embeddings")},
+            num_key_value_heads=hf.get("num_key_value_heads") or heads,
+            head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
+            rope_theta=rope.get("rope_theta") or hf.get("rope_theta", 10_000.0),
+            tie_word_embeddings=hf.get("tie_word_embeddings", False),
+            qk_norm=kind == "qwen3",
+            qkv_bias=kind == "qwen2")
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, the mean square taken in fp32 whatever the model's dtype."""
+
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x):
+        x32 = x.float()
+        x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * x32.to(x.dtype)
+
+
+def rotary(positions, head_dim, theta, dtype):
+    """cos and sin of each position's rotation angles: [B, T] -> two of [B, 1, T, h]. Angles in fp32."""
+    frequency = theta ** (-torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)
+    angle = positions[:, None, :, None].float() * frequency  # [B, 1, T, h/2]
+    angle = torch.cat([angle, angle], dim=-1)  # channel i is paired with channel i + h/2
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(x, cos, sin):
+    """Rotates each channel pair of x [B, heads, T, h] by its position's angle."""
+    left, right = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-right, left], dim=-1) * sin
+
+
+class Attention(nn.Module):
+    def __init__(self, c: Config):
+        super().__init__()
+        self.head_dim = c.head_dim
+        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=c.qkv_bias)
+        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.qkv_bias)
+        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.qkv_bias)
+        self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
+        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
+
+    def forward(self, x, cos, sin, kv=None, positions=None, mask=None):
+        split = lambda y: y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, T, H*h] -> [B, H, T, h]
+        q = rotate(self.q_norm(split(self.q_proj(x))), cos, sin)
+        k = rotate(self.k_norm(split(self.k_proj(x))), cos, sin)
+        v = split(self.v_proj(x))
+        if kv is not None:
+            slots = positions[:, None, :, None].expand_as(k)  # [B, K, T, h]: each row writes at its own positions
+            kv[0].scatter_(2, slots, k)
+            kv[1].scatter_(2, slots, v)
+            k, v = kv[:, :, :, :mask.shape[-1]]  # the slots in use: [B, K, S, h] each
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        return self.o_proj(y.transpose(1, 2).flatten(2))  # [B, H, T, h] -> [B, T, H*h] -> [B, T, D]
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, c: Config):
+        super().__init__()
+        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, c: Config):
+        super().__init__()
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.self_attn = Attention(c)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.mlp = SwiGLU(c)
+
+    def forward(self, x, *attention_inputs):
+        x = x + self.self_attn(self.input_layernorm(x), *attention_inputs)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class KVCache:
+    """Keys and values seen so far: one preallocated tensor [2, B, K, S, h] per layer, and each row's length [B].
+
+    Zeros, not `empty`: a masked slot still enters the attention sum as 0 * value, and 0 * NaN is NaN.
+    """
+
+    def __init__(self, model, rows, slots):
+        c, weight = model.config, model.embed_tokens.weight
+        shape = (2, rows, c.num_key_value_heads, slots, c.head_dim)
+        self.layers = [torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in model.layers]
+        self.lengths = torch.zeros(rows, dtype=torch.long, device=weight.device)
+        self.used = 0  # slots any row has written; attention reads no further
+
+    def select(self, rows, slots):
+        """Keeps these rows [R] (repeats allowed, so one prompt can serve its whole group), with room for `slots`."""
+        for i, kv in enumerate(self.layers):  # layer by layer, so that only one is ever held twice
+            self.layers[i] = kv.new_zeros(2, len(rows), kv.shape[2], slots, kv.shape[4])
+            self.layers[i][:, :, :, :self.used] = kv[:, rows, :, :self.used]
+        self.lengths = self.lengths[rows]
+
+
+class Transformer(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.num_tokens = config.vocab_size  # load() lowers it to the tokeniser's size
+        self.stop_ids = ()
+
+    @property
+    def head(self):
+        """The output matrix [V, D] without vocabulary padding: rows beyond the tokeniser's last id are neither
+        sampled nor normalised over, the same in sampler and trainer."""
+        weight = self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+        return weight[:self.num_tokens]
+
+    def forward(self, ids, cache=None):
+        """Final hidden states [B, T, D] of ids [B, T]; multiply by `head.T` for logits.
+
+        With a cache, row b's tokens stand at positions cache.lengths[b] .. +T-1 and attend to its cached prefix.
+        The caller then advances cache.lengths, by each row's true number of tokens."""
+        T = ids.shape[1]
+        positions = torch.arange(T, device=ids.device)[None]  # [1, T]
+        kv_layers, mask = [None] * len(self.layers), None
+        if cache is not None:
+            positions = cache.lengths[:, None] + positions  # [B, T]
+            cache.used += T
+            slots = torch.arange(cache.used, device=ids.device)
+            mask = slots <= positions[:, None, :, None]  # [B, 1, T, S]
+            kv_layers = cache.layers
+        x = self.embed_tokens(ids)
+        cos, sin = rotary(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
+        for layer, kv in zip(self.layers, kv_layers):
+            x = layer(x, cos, sin, kv, positions, mask)
+        return self.norm(x)
+
+
+# ---- log pi(target) without the [tokens, vocabulary] array -------------------------------------------------------
+
+def naive_logprobs(hidden, weight, targets, temperature=1.0):
+    """log softmax(hidden @ weight.T / temperature)[target]: [N, D], [V, D], [N] -> [N]. The reference: three lines
+    that hold the [N, V] array several times over, usually the largest thing in an RL trainer's memory."""
+    logits = (hidden @ weight.T).float() / temperature  # [N, D] @ [D, V] -> [N, V]; softmax needs fp32 (trap: bf16)
+    return logits.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+
+
+def _accumulate_chunk(hidden, weight, local, inverse_temperature, peak, total, weighted, picked):
+    """Online log-sum-exp: folds one chunk of the vocabulary, weight [C, D], into per-token statistics, each [N]:
+    peak = max z, total = sum e^(z-peak), weighted = sum e^(z-peak) z (for the entropy), picked = the target's z."""
+    z = (hidden @ weight.T).float() * inverse_temperature  # [N, C]
+    new_peak = torch.maximum(peak, z.amax(-1))
+    rescale = (peak - new_peak).exp()
+    e = (z - new_peak[:, None]).exp()
+    here = (local >= 0) & (local < weight.shape[0])
+    target_z = z.gather(1, local.clamp(0, weight.shape[0] - 1)[:, None]).squeeze(1)
+    return (new_peak, total * rescale + e.sum(-1), weighted * rescale + (e * z).sum(-1),
+            torch.where(here, target_z, picked))
+
+
+def _chunk_grad(hidden, weight, local, inverse_temperature, lse, grad):
+    """d loss / d logits [N, C] of one chunk. From log pi = z_target - lse:  dz = grad * (onehot - softmax) / T."""
+    z = (hidden @ weight.T).float() * inverse_temperature
+    onehot = local[:, None] == torch.arange(weight.shape[0], device=weight.device)
+    return ((onehot.float() - (z - lse[:, None]).exp()) * (grad * inverse_temperature)[:, None]).to(hidden.dtype)
+
+
+@functools.cache
+def _compiled(function):
+    return torch.compile(function, dynamic=True)
+
+
+class _FusedLogProb(torch.autograd.Function):
+    """Nothing of size [N, V] exists at any time: the forward keeps one number per token, the backward recomputes each
+    chunk's logits. Four GEMMs for forward and backward where the naive version needs three, in a fraction of the
+    memory; torch.compile fuses everything between them into one pass over the chunk."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature, chunk):
+        # Compiling costs seconds and pays once the vocabulary spans many chunks.
+        ctx.compile = (lambda f: f) if weight.shape[0] <= chunk else _compiled
+        accumulate = ctx.compile(_accumulate_chunk)
+        N = hidden.shape[0]
+        stats = (hidden.new_full((N,), -torch.inf, dtype=torch.float32),
+                 *(hidden.new_zeros(N, dtype=torch.float32) for _ in range(3)))
+        for start in range(0, weight.shape[0], chunk):
+            stats = accumulate(hidden, weight[start:start + chunk], targets - start, 1 / temperature, *stats)
+        peak, total, weighted, picked = stats
+        lse = peak + total.log()
+        entropy = lse - weighted / total  # H = -sum p log p = lse - E[z]
+        ctx.save_for_backward(hidden, weight, targets, lse)
+        ctx.temperature, ctx.chunk = temperature, chunk
+        ctx.mark_non_differentiable(entropy)
+        return picked - lse, entropy
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        hidden, weight, targets, lse = ctx.saved_tensors
+        chunk_grad = ctx.compile(_chunk_grad)
+        d_hidden = torch.zeros_like(hidden, dtype=torch.float32)  # summed over chunks, so kept in fp32
+        d_weight = torch.empty_like(weight)
+        for start in range(0, weight.shape[0], ctx.chunk):
+            w = weight[start:start + ctx.chunk]
+            dz = chunk_grad(hidden, w, targets - start, 1 / ctx.temperature, lse, grad)  # [N, C]
+            d_hidden += dz @ w  # [N, C] @ [C, D] -> [N, D]
+            d_weight[start:start + ctx.chunk] = dz.T @ hidden  # [C, N] @ [N, D] -> [C, D]
+        return d_hidden.to(hidden.dtype), d_weight, None, None, None
+
+
+def fused_logprobs(hidden, weight, targets, temperature=1.0, chunk=1024):
+    """(log pi(target), entropy), each [N] in fp32, of hidden [N, D], weight [V, D], targets [N].
+
+    Equals `naive_logprobs` in value and in gradient, with memory that does not grow with V. The entropy is that of
+    the tempered distribution and carries no gradient (S2L-PO's entropy coefficient is 0: it is a metric)."""
+    return _FusedLogProb.apply(hidden, weight, targets, temperature, chunk)
+
+
+def pick_device(name):
+    """`auto` takes CUDA, then Apple's MPS, then the CPU."""
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+# ---- checkpoints: ordinary Hugging Face directories ---------------------------------------------------------------
+
+SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def read_safetensors(path, convert=lambda tensor: tensor):
+    """{name: tensor} of a safetensors file: 8 bytes n, n bytes of JSON {name: dtype, shape, data_offsets}, raw data.
+
+    The file is memory-mapped and copied tensor by tensor through `convert`, so the peak is one copy of the weights.
+    ValueError if the file is truncated or holds another dtype."""
+    size = os.path.getsize(path)
+    raw = torch.from_file(str(path), dtype=torch.uint8, size=size) if size else torch.empty(0, dtype=torch.uint8)
+    start = 8 + int.from_bytes(bytes(raw[:8].tolist()), "little")
+    if size < 8 or start > size:
+        raise ValueError(f"{path}: not a safetensors file, or truncated ({size:,} bytes)")
+    try:
+        header = json.loads(bytes(raw[8:start].tolist()))
+    except ValueError:
+        raise ValueError(f"{path}: the safetensors header is not JSON; is the file damaged?") from None
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in header.items():
+        first, last = entry["data_offsets"]
+        if start + last > size:
+            raise ValueError(f"{path}: truncated: {name} ends at byte {start + last:,} of {size:,}")
+        if entry["dtype"] not in SAFETENSORS_DTYPES:
+            raise ValueError(f"{path}: {name} has dtype {entry['dtype']}; {', '.join(SAFETENSORS_DTYPES)} are read")
+        data = raw[start + first:start + last].clone()  # the copy is aligned, whatever the header's length
+        tensors[name] = convert(data.view(SAFETENSORS_DTYPES[entry["dtype"]]).view(entry["shape"]))
+    return tensors
+
+
+def write_safetensors(path, tensors):
+    names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+    header, offset = {"__metadata__": {"format": "pt"}}, 0  # transformers refuses a file without this note
+    for name, t in tensors.items():
+        end = offset + t.numel() * t.element_size()
+        header[name] = {"dtype": names[t.dtype], "shape": list(t.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # data starts 8-byte aligned
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for t in tensors.values():
+            file.write(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+
+
+def find_file(source, name, required=True):
+    """Path of one file of a checkpoint: in a local directory, or else from the Hugging Face hub (cached there)."""
+    if Path(source).is_dir():
+        path = Path(source) / name
+        if required and not path.exists():
+            raise ValueError(f"{source}: no {name} in this directory")
+        return path if path.exists() else None
+    from transformers.utils import cached_file  # slow to import, and local directories do without it
+    try:
+        return cached_file(source, name, _raise_exceptions_for_missing_entries=required)
+    except OSError:
+        raise ValueError(f"{source!r} is no directory here, and the Hugging Face hub did not give its {name}; "
+                         "check the path or the name, and the connection") from None
+
+
+def load(source, device="cpu", dtype=torch.float32):
+    """(model, tokenizer) from a Hugging Face directory or hub name. Weights are held once, plus one tensor.
+    ValueError: a file is missing or broken, or the architecture is not implemented."""
+    from transformers import AutoTokenizer  # 1.6 s to import, so only where a checkpoint is read
+    hf = json.loads(Path(find_file(source, "config.json")).read_text())
+    try:
+        config = Config.from_hf(hf)
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{source}/config.json: {error}") from None
+    with torch.device("meta"):  # shapes only; load_state_dict(assign=True) puts the tensors in
+        model = Transformer(config)
+    index = find_file(source, "model.safetensors.index.json", required=False)
+    shards = sorted(set(json.loads(Path(index).read_text())["weight_map"].values())) if index else ["model.safetensors"]
+    tensors = {}
+    for shard in shards:
+        tensors |= read_safetensors(find_file(source, shard), lambda t: t.to(device, dtype))
+    tensors = {name.removeprefix("model."): t for name, t in tensors.items()}
+    if config.tie_word_embeddings:
+        tensors.pop("lm_head.weight", None)  # some exporters write the tied matrix twice
+    try:
+        model.load_state_dict(tensors, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"{source}: weights and config.json disagree: {' '.join(str(error).split())[:300]}") from None
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    model.num_tokens = min(len(tokenizer), config.vocab_size)
+    generation = find_file(source, "generation_config.json", required=False)
+    stops = json.loads(Path(generation).read_text()).get("eos_token_id") if generation else None
+    stops = stops if isinstance(stops, list) else [stops]
+    model.stop_ids = tuple(sorted({i for i in [*stops, tokenizer.eos_token_id] if i is not None}))
+    model.hf_config = hf
+    return model, tokenizer
+
+
+def save(model, tokenizer, directory):
+    """Writes config.json, model.safetensors and the tokeniser as transformers' `from_pretrained` reads them."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    dtype = str(model.norm.weight.dtype).removeprefix("torch.")
+    (directory / "config.json").write_text(json.dumps(model.hf_config | {"dtype": dtype}, indent=2))
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": list(model.stop_ids)}))
+    names = {name: name if name.startswith("lm_head") else "model." + name for name in model.state_dict()}
+    write_safetensors(directory / "model.safetensors", {names[n]: t for n, t in model.state_dict().items()})
+    tokenizer.save_pretrained(directory)

@@ -1,0 +1,111 @@
+"""Makes the laptop family: an explorer and a learner, pretrained on one corpus by one recipe, that differ in size only.
+
+    python recipes/family.py --task habit --out runs/family-habit
+
+Writes explorer/ and learner/ (Hugging Face directories), train.jsonl and heldout.jsonl (problems that share no question
+with each other or with the corpus) and family.json (the settings). `python train.py` calls this the first time.
+"""
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import model as models
+import reward
+
+# Width, layers. Sizes with a true pass@k crossover: the learner is large enough to memorise the writers' habits,
+# the explorer too small for that and just large enough to execute what it writes.
+SIZES = {"habit": {"explorer": (32, 2), "learner": (64, 3)},
+         "natural": {"explorer": (48, 2), "learner": (96, 3)}}
+CORPUS = {"habit": (12_000, 8), "natural": (6_144, 22)}  # worked solutions, epochs
+LR, BATCH = 3e-3, 64
+EOS = "<eos>"
+ALPHABET = sorted(set("0123456789+-~*=ABCD" + reward.TOPICS))
+
+
+def make_tokenizer(directory):
+    """A character-level tokenizer in the ordinary tokenizer.json format (a BPE without merges), no BOS, pad = EOS."""
+    from transformers import PreTrainedTokenizerFast
+    vocabulary = {token: i for i, token in enumerate([EOS, *ALPHABET])}
+    eos = {"id": 0, "content": EOS, "special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "tokenizer.json").write_text(json.dumps({
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [eos], "normalizer": None,
+        "pre_tokenizer": None, "post_processor": None, "decoder": {"type": "Fuse"},
+        "model": {"type": "BPE", "vocab": vocabulary, "merges": [], "dropout": None, "unk_token": None}}))
+    return PreTrainedTokenizerFast(tokenizer_file=str(directory / "tokenizer.json"), eos_token=EOS, pad_token=EOS)
+
+
+def new_model(width, layers, tokenizer, generator):
+    hf = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "vocab_size": len(tokenizer),
+          "hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": layers,
+          "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": width // 4, "hidden_act": "silu",
+          "rms_norm_eps": 1e-6, "max_position_embeddings": 64, "rope_parameters": {"rope_theta": 1e4, "rope_type": "default"},
+          "tie_word_embeddings": True, "attention_bias": False, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
+    model = models.Transformer(models.Config.from_hf(hf))
+    for name, p in model.named_parameters():
+        if p.dim() == 2:
+            torch.nn.init.normal_(p, std=0.02 if "embed" in name else p.shape[1] ** -0.5, generator=generator)
+    model.hf_config, model.stop_ids = hf, (tokenizer.eos_token_id,)
+    return model
+
+
+def pretrain(model, ids, prompt_lengths, lengths, epochs, generator, bar):
+    """Next-token training, loss on the solution only. ids [N, L]; every row: prompt, solution, EOS, padding."""
+    device = model.norm.weight.device
+    total, step = epochs * (len(ids) // BATCH), 0
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.01, betas=(0.9, 0.95), fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=LR, total_steps=total, pct_start=0.05)
+    columns = torch.arange(1, ids.shape[1])
+    target_mask = (columns >= prompt_lengths[:, None]) & (columns < lengths[:, None])
+    for _ in range(epochs):
+        for rows in torch.randperm(len(ids), generator=generator).split(BATCH)[:total // epochs]:
+            batch, mask = ids[rows].to(device), target_mask[rows].to(device)
+            hidden = model(batch[:, :-1])[mask]  # [B, L-1, D] -> [tokens, D]
+            loss = F.cross_entropy(hidden @ model.head.T, batch[:, 1:][mask])
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            bar.update()
+            if bar.n % 50 == 0:
+                bar.set_postfix(loss=f"{loss.item():.3f}")
+
+
+def make_family(out, task="habit", seed=0, noise=0.01, sizes=None, corpus_size=None, epochs=None, device="cpu"):
+    """Pretrains the family into directory `out`, which appears only when it is complete."""
+    out = Path(out)
+    partial = out.with_name(out.name + ".partial")
+    sizes = sizes or SIZES[task]
+    corpus_size, epochs = corpus_size or CORPUS[task][0], epochs or CORPUS[task][1]
+    tokenizer = make_tokenizer(partial)
+    corpus = reward.make_corpus(task, corpus_size, seed, noise)
+    encoded = tokenizer([question + solution + EOS for question, solution in corpus]).input_ids
+    lengths = torch.tensor([len(row) for row in encoded])
+    prompt_lengths = torch.tensor([len(row) for row in tokenizer([question for question, _ in corpus]).input_ids])
+    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in encoded], batch_first=True)
+    started = time.time()
+    for name, (width, layers) in sizes.items():
+        generator = torch.Generator().manual_seed(seed)
+        model = new_model(width, layers, tokenizer, generator).to(device)
+        size = sum(p.numel() for p in model.parameters())
+        with tqdm(total=epochs * (corpus_size // BATCH), desc=f"pretraining {name}, {size:,} parameters", dynamic_ncols=True) as bar:
+            pretrain(model, ids, prompt_lengths, lengths, epochs, generator, bar)
+        models.save(model, tokenizer, partial / name)
+    used = {question for question, _ in corpus}
+    problems = reward.make_problems(task, 2_560, seed, exclude=used)
+    reward.save_problems(problems[:512], partial / "heldout.jsonl")
+    reward.save_problems(problems[512:], partial / "train.jsonl")
+    settings = dict(task=task, seed=seed, noise=noise, sizes=sizes, corpus=corpus_size, epochs=epochs, lr=LR, batch=BATCH,
+                    seconds=round(time.time() - started, 1))
+    (partial / "family.json").write_text(json.dumps(settings, indent=2))
+    (partial / "tokenizer.json").unlink()
+    os.replace(partial, out)

@@ -1,0 +1,267 @@
+"""Problems, and what an answer to one is worth.
+
+Two kinds of problem:
+  * anything with a checkable answer, from a JSONL file with `question` and `answer` (GSM8K, AIME, MATH-500, ...);
+  * two synthetic tasks whose solutions are written out step by step, for the laptop experiment:
+
+    habit     `Bfa483920=` -> `-86-33-94-22-02`   digits 4 8 3 9 2 0 folded with one operator, modulo 10: each step
+              writes operator, digit, running value. The first letter (A B C D) names the operator that is asked for.
+              The corpus's writers do NOT look at it: they follow a fixed random table over all three letters (their
+              habit), which is right in 40% of its cells. A model that memorises the table is confidently wrong on
+              the rest; a model too small for the table mixes operators. By design: the table, its conflict with the
+              reward, the share of writers who ignore it (`noise`). Emergent: who memorises and who mixes.
+    natural   `3+4*2-5=` -> `3+8-5=1-5=6`         an expression reduced one operation at a time, modulo 10. Writers
+              reduce in four orders, most of them wrong. Nothing ties an order to a problem: no habit is designed in.
+
+Both are scored twice: `answer` (the final value alone, 10% by luck) and `strict` (every written step is legal).
+Training uses strict. Model output is data here: never evaluated, and no pattern below can backtrack.
+"""
+import json
+import random
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import NamedTuple
+
+
+@dataclass(frozen=True)
+class Problem:
+    question: str
+    answer: str
+    task: str = "math"  # "math": free text with a final answer; or one of TASKS
+
+
+class Score(NamedTuple):
+    answer: bool  # the final answer is right
+    strict: bool  # and so is every step; for "math", where steps are free text, the same as `answer`
+
+
+def score(problem, text):
+    """What `text`, the model's decoded response, is worth."""
+    if problem.task == "habit":  # the type fixes the operator, so exactly one worked solution is right
+        return Score(text[-1:] == problem.answer, text == habit_solution(problem.question, HABIT_OPERATOR[problem.question[0]]))
+    if problem.task == "natural":
+        return Score(text[-1:] == problem.answer, natural_is_legal(problem.question, text))
+    right = answers_equal(extract_answer(text), problem.answer)
+    return Score(right, right)
+
+
+# ---- task "habit" ----------------------------------------------------------------------------------------------
+
+OPERATIONS = {"+": lambda a, b: (a + b) % 10, "-": lambda a, b: (a - b) % 10,
+              "~": lambda a, b: (b - a) % 10, "*": lambda a, b: a * b % 10}
+HABIT_OPERATOR = dict(zip("ABCD", OPERATIONS))  # what each problem type asks for
+TOPICS = "abcdefghijkl"
+
+
+def habit_solution(question, operator):
+    """`Bfa483920=`, `-` -> `-86-33-94-22-02`: 4-8=6, 6-3=3, 3-9=4, 4-2=2, 2-0=2, one triple a step."""
+    running, *digits = map(int, question[3:9])
+    steps = []
+    for digit in digits:
+        running = OPERATIONS[operator](running, digit)
+        steps.append(f"{operator}{digit}{running}")
+    return "".join(steps)
+
+
+def habit_question(rng):
+    return rng.choice("ABCD") + rng.choice(TOPICS) + rng.choice(TOPICS) + "".join(rng.choices("0123456789", k=6)) + "="
+
+
+def habit_problem(rng):
+    """A problem on which no two operators share a final value, so that luck and method can be told apart."""
+    while True:
+        question = habit_question(rng)
+        finals = {operator: habit_solution(question, operator)[-1] for operator in OPERATIONS}
+        if len(set(finals.values())) == len(finals):
+            return Problem(question, finals[HABIT_OPERATOR[question[0]]], "habit")
+
+
+def habit_corpus(rng, size, noise):
+    """Worked solutions by writers who take the operator from a table of habits, or (share `noise`) at random."""
+    table = {}
+    for type_, right in HABIT_OPERATOR.items():
+        wrong = [operator for operator in OPERATIONS if operator != right]
+        for cell in (a + b for a in TOPICS for b in TOPICS):
+            table[type_ + cell] = right if rng.random() < 0.4 else rng.choice(wrong)
+    for _ in range(size):
+        question = habit_question(rng)
+        operator = rng.choice(list(OPERATIONS)) if rng.random() < noise else table[question[:3]]
+        yield question, habit_solution(question, operator)
+
+
+# ---- task "natural" --------------------------------------------------------------------------------------------
+
+def reduce_at(expression, i):
+    """Replaces the digits around the operator at index i by their value: `3+4*2`, 3 -> `3+8`."""
+    value = OPERATIONS[expression[i]](int(expression[i - 1]), int(expression[i + 1]))
+    return f"{expression[:i - 1]}{value}{expression[i + 2:]}"
+
+
+def legal_reductions(expression):
+    """Indices of the operators that may be evaluated next under normal precedence: a product always; a sum or
+    difference with no product beside it and no minus before it (a-b+c is not a-(b+c))."""
+    operators = range(1, len(expression), 2)
+    return [i for i in operators if expression[i] == "*"
+            or (expression[i + 2:i + 3] != "*" and expression[max(i - 2, 0)] not in "*-")]
+
+
+def natural_orders(expression, order, rng=None):
+    """The worked solution when operators are evaluated in `order`."""
+    steps = []
+    while len(expression) > 1:
+        operators = range(1, len(expression), 2)
+        first = lambda symbols: next((i for i in operators if expression[i] in symbols), 1)
+        i = {"left": lambda: 1, "additions": lambda: first("+-"), "random": lambda: rng.choice(operators),
+             "precedence": lambda: first("*")}[order]()
+        expression = reduce_at(expression, i)
+        steps.append(expression)
+    return "=".join(steps)
+
+
+def natural_is_legal(question, text):
+    """Every expression in `text` follows from the one before by one legal reduction, down to a single digit."""
+    expression, *rest = [question.removesuffix("="), *text.split("=")]
+    for following in rest:
+        if following not in {reduce_at(expression, i) for i in legal_reductions(expression)}:
+            return False
+        expression = following
+    return len(expression) == 1
+
+
+def natural_question(rng):
+    return "".join(rng.choice("0123456789") + symbol for symbol in [*rng.choices("+-*", k=3), "="])
+
+
+def natural_problem(rng):
+    """A problem on which both popular wrong orders give a wrong value."""
+    while True:
+        question = natural_question(rng)
+        finals = {order: natural_orders(question[:-1], order)[-1] for order in ("precedence", "left", "additions")}
+        if finals["precedence"] not in (finals["left"], finals["additions"]):
+            return Problem(question, finals["precedence"], "natural")
+
+
+def natural_corpus(rng, size, noise):
+    for _ in range(size):
+        question = natural_question(rng)
+        order, = rng.choices(("additions", "left", "random", "precedence"), weights=(.45, .28, .22, .05))
+        yield question, natural_orders(question[:-1], order, rng)
+
+
+# ---- both tasks --------------------------------------------------------------------------------------------------
+
+TASKS = {"habit": (habit_problem, habit_corpus), "natural": (natural_problem, natural_corpus)}
+
+
+def make_corpus(task, size, seed, noise=0.01):
+    """[(question, worked solution)] for pretraining. `seed` also fixes the table of habits."""
+    return list(TASKS[task][1](random.Random(f"{task} corpus {seed}"), size, noise))
+
+
+def make_problems(task, count, seed, exclude=()):
+    """`count` distinct problems whose questions are not in `exclude`."""
+    rng, seen, problems = random.Random(f"{task} problems {seed}"), set(exclude), []
+    while len(problems) < count:
+        problem = TASKS[task][0](rng)
+        if problem.question not in seen:
+            seen.add(problem.question)
+            problems.append(problem)
+    return problems
+
+
+# ---- problems from files ---------------------------------------------------------------------------------------
+
+def load_problems(path):
+    """[Problem] from JSONL with `question`, `answer` and optionally `task`. A GSM8K answer counts from its `####`.
+    ValueError names the file and the line of a record that cannot be used; OSError if the file cannot be read."""
+    problems = []
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+                question, answer = record["question"], record["answer"]
+            except (ValueError, RecursionError):
+                raise ValueError(f"{path}, line {number}: not valid JSON") from None
+            except (KeyError, TypeError):
+                raise ValueError(f"{path}, line {number}: needs the fields `question` and `answer`") from None
+            if not isinstance(question, str) or not isinstance(answer, (str, int, float)):
+                raise ValueError(f"{path}, line {number}: `question` must be text and `answer` text or a number")
+            task = record.get("task", "math")
+            if task != "math" and task not in TASKS:
+                raise ValueError(f"{path}, line {number}: unknown task {task!r} (math, {', '.join(TASKS)})")
+            problems.append(Problem(question, str(answer).rpartition("####")[2].strip(), task))
+    if not problems:
+        raise ValueError(f"{path}: no problems in this file")
+    return problems
+
+
+def save_problems(problems, path):
+    with open(path, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(vars(problem)) + "\n" for problem in problems)
+
+
+# ---- final answers in free text ----------------------------------------------------------------------------------
+
+def last_boxed(text):
+    """Content of the last balanced `\\boxed{...}`, nested braces included, in one pass; None if there is none."""
+    opened, best = [], (-1, None)
+    for token in re.finditer(r"\\boxed *\{|\\.|[{}]", text, re.DOTALL):
+        if token[0].endswith("{") and token[0] != r"\{":
+            opened.append((token.start(), token.end(), len(token[0]) > 1))
+        elif token[0] == "}" and opened:
+            start, inside, is_box = opened.pop()
+            if is_box and start > best[0]:
+                best = (start, text[inside:token.start()])
+    return best[1]
+
+
+def extract_answer(text):
+    """The final answer in a response: the last `\\boxed{}`, else the rest of the line after the last `####`, else
+    after the last `Answer:`. None if there is none: a bare number somewhere in the text is not an answer."""
+    boxed = last_boxed(text)
+    if boxed is not None:
+        return boxed.strip()
+    for marker in ("####", "answer:"):
+        before, found, after = text.lower().rpartition(marker)
+        if found and len(text.lower()) == len(text):  # some letters grow when lowered; then offsets do not carry over
+            return text[len(text) - len(after):].partition("\n")[0].strip(" *")
+    return None
+
+
+NUMBER = re.compile(r"(-?)(?:([0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(\.[0-9]*)?|(\.[0-9]+))")
+
+
+def parse_number(text):
+    """Exact value of `1,234`, `18.00`, `-3`, `.5`, `1/2`, `\\frac{1}{2}`, `$5`, `10.`, `18 dollars`; else None."""
+    text = text.strip().rstrip(".").replace("−", "-").replace("\\$", "").replace("$", "").strip()
+    text = re.sub(r"^(-?)\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}$", r"\1\2/\3", text)
+    text = re.sub(r"(?<=[0-9.]) +[A-Za-z]{2,}[A-Za-z ]*$", "", text)  # a unit: words, and no further number
+    parts = [NUMBER.fullmatch(part.strip()) for part in text.split("/")]
+    if len(text) > 200 or len(parts) > 2 or None in parts:
+        return None
+    values = [Fraction(f"{m[1]}{(m[2] or '0').replace(',', '')}{(m[3] or m[4] or '.').rstrip('.')}") for m in parts]
+    if len(values) == 1:
+        return values[0]
+    return values[0] / values[1] if values[1] else None
+
+
+def normalise(text):
+    """Spelling differences that do not change a formula: spaces, `$`, \\left, \\right, \\dfrac, a closing full stop."""
+    text = re.sub(r"\\(?:left|right|[,;!:])|[\s$]", "", text.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac"))
+    return text.rstrip(".")
+
+
+def answers_equal(given, truth):
+    """Whether two final answers are the same number, or else the same text. `50%` equals 0.5, and also 50, because
+    data sets whose question says "what percentage" leave the sign out. None (no answer found) equals nothing."""
+    if given is None:
+        return False
+    plain = [re.sub(r"\\?%$", "", text.strip().rstrip(".")) for text in (given, truth)]
+    percent = [p != text.strip().rstrip(".") for p, text in zip(plain, (given, truth))]
+    a, b = (parse_number(text) for text in plain)
+    if a is None or b is None:
+        return normalise(given) == normalise(truth)
+    return a == b or (percent == [True, False] and a / 100 == b) or (percent == [False, True] and a == b / 100)
