@@ -1,0 +1,848 @@
+"""Every check of the repository, in the order of the files: model, sample, anneal, grpo, reward, eval, train.
+
+    pytest test_all.py
+
+"Trap n" names a way small GRPO code goes wrong without crashing; its test fails if that bug is put back. Nothing is
+downloaded: models are tiny and random, or pretrained for a second by recipes/family.py.
+"""
+import itertools
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from fractions import Fraction
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import anneal
+import eval as evaluation
+import grpo
+import model as models
+import reward
+import sample as sampling
+import train as training
+from recipes.family import make_family
+
+ROOT = Path(__file__).parent
+TINY = {"vocab_size": 24, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "max_position_embeddings": 64, "hidden_act": "silu"}
+
+
+def tiny_model(kind="qwen3", seed=0, scale=0.4, **changes):
+    """A random model, with weights large enough for its distributions to be far from uniform."""
+    hf = TINY | {"model_type": kind, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}} | changes
+    model = models.Transformer(models.Config.from_hf(hf))
+    generator = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        p.data.normal_(0, scale, generator=generator) if p.dim() > 1 else p.data.add_(0.1 * torch.randn(p.shape, generator=generator))
+    model.hf_config, model.stop_ids = hf, (0,)
+    return model
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="session")
+def family(tmp_path_factory):
+    """A family that adds two digits, often wrongly: real checkpoints with rewards to learn from, in a few seconds."""
+    out = tmp_path_factory.mktemp("family") / "sums"
+    corpus = [(f"{a}+{b}=", str((a + b) % 10)) for a in range(10) for b in range(3)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reward, "make_corpus", lambda task, size, seed, noise: corpus * 16)
+        patch.setattr(reward, "make_problems", lambda *args, **kwargs: [])
+        make_family(out, "natural", sizes={"explorer": (16, 1), "learner": (24, 2)}, corpus_size=480, epochs=18)
+    problems = [reward.Problem(question, answer, "natural") for question, answer in corpus]
+    random.Random(0).shuffle(problems)
+    reward.save_problems(problems[:10], out / "heldout.jsonl")
+    reward.save_problems(problems[10:], out / "train.jsonl")
+    return out
+
+
+def run_cli(script, *args, cwd=ROOT):
+    return subprocess.run([sys.executable, str(ROOT / script), *map(str, args)], capture_output=True, text=True, cwd=cwd)
+
+
+# ---- model.py ------------------------------------------------------------------------------------------------------
+
+def hf_pair(kind, tmp_path, **changes):
+    """(transformers' random model of this architecture, its directory), sizes as small as they go."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from recipes.family import make_tokenizer
+    make_tokenizer(tmp_path).save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **TINY | {"vocab_size": 64, "head_dim": 8, "eos_token_id": 0, "bos_token_id": None} | changes)
+    theirs = AutoModelForCausalLM.from_config(config).eval()
+    for p in theirs.parameters():
+        p.data.normal_(0.5 if p.dim() == 1 else 0, 0.3)  # biases and norms too, so that forgetting one shows
+    theirs.save_pretrained(tmp_path)
+    return theirs, tmp_path
+
+
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("kind", ["qwen3", "qwen2", "llama"])
+def test_logits_equal_transformers_both_ways(kind, tie, tmp_path):
+    from transformers import AutoModelForCausalLM
+    theirs, directory = hf_pair(kind, tmp_path / "theirs", tie_word_embeddings=tie)
+    ours, tokenizer = models.load(directory)
+    ids = torch.randint(0, 64, (3, 20), generator=seeded())
+    logits = lambda m: m(ids) @ (m.embed_tokens if tie else m.lm_head).weight.T
+    with torch.no_grad():
+        expected = theirs(ids).logits
+        assert (logits(ours) - expected).abs().max() < 1e-4
+        assert expected.std() > 0.1  # and they are not all alike
+        models.save(ours, tokenizer, tmp_path / "ours")
+        back = AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
+        assert (back(ids).logits - expected).abs().max() < 1e-4
+
+
+def test_sharded_checkpoint_loads(tmp_path):
+    theirs, directory = hf_pair("llama", tmp_path)
+    whole = models.read_safetensors(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    theirs.save_pretrained(directory, max_shard_size="20KB")
+    assert len(list(directory.glob("model-*.safetensors"))) > 1
+    ours, _ = models.load(directory)
+    for name, tensor in ours.state_dict().items():
+        assert torch.equal(tensor, whole[name if name.startswith("lm_head") else "model." + name])
+
+
+def test_safetensors_agree_with_the_library(tmp_path):
+    from safetensors.torch import load_file, save_file
+    tensors = {"a": torch.randn(3, 5), "b": torch.randn(7).bfloat16(), "scalar": torch.tensor(2.5), "h": torch.randn(2, 2).half()}
+    models.write_safetensors(tmp_path / "ours", tensors)
+    save_file(tensors, tmp_path / "theirs")
+    for loaded in (load_file(tmp_path / "ours"), models.read_safetensors(tmp_path / "theirs"), models.read_safetensors(tmp_path / "ours")):
+        assert loaded.keys() == tensors.keys() and all(torch.equal(loaded[name], tensors[name]) for name in tensors)
+    data = (tmp_path / "ours").read_bytes()
+    for damaged in (b"", data[:5], data[:40], data[:-1], b"\xff" * 100):
+        (tmp_path / "damaged").write_bytes(damaged)
+        with pytest.raises(ValueError, match="damaged"):
+            models.read_safetensors(tmp_path / "damaged")
+
+
+@pytest.mark.parametrize("change, named", [
+    ({"model_type": "gpt2"}, "gpt2"), ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "yarn"),
+    ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
+    ({"hidden_act": "gelu"}, "gelu"), ({"attention_bias": True}, "attention_bias"), ({"use_sliding_window": True}, "sliding")])
+def test_what_is_not_implemented_is_refused_by_name(change, named):
+    with pytest.raises(ValueError, match=named):
+        tiny_model(**change)
+
+
+def test_trap_2_padding_does_not_move_positions():
+    model = tiny_model()
+    short, long = [5, 7, 2], [9, 3, 4, 8, 1, 6, 2, 11, 12]
+    alone = sampling.sample(model, [short], 1, seeded(), 12, temperature=0)
+    together = sampling.sample(model, [long, short], 1, seeded(), 12, temperature=0)
+    assert torch.equal(alone.ids[0], together.ids[1])
+    with torch.no_grad():
+        padded = torch.tensor([short + [0] * 6, long])
+        assert torch.allclose(model(padded)[0, :3], model(torch.tensor([short]))[0], atol=1e-5)
+        cache = models.KVCache(model, 2, 9)
+        assert torch.allclose(model(padded, cache)[0, :3], model(torch.tensor([short]))[0], atol=1e-5)
+
+
+def fused_case(dtype, tokens=40, vocabulary=3000, hidden=48):
+    g = seeded()
+    h, w = torch.randn(tokens, hidden, generator=g), torch.randn(vocabulary, hidden, generator=g)
+    return (h.to(dtype).requires_grad_(), w.to(dtype).requires_grad_(), torch.randint(0, vocabulary, (tokens,), generator=g),
+            torch.randn(tokens, generator=g))
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("chunk", [1024, 4096])  # compiled, over several chunks of which the last is short; and a single one
+def test_fused_logprobs_equal_the_naive_ones(dtype, tolerance, chunk):
+    h, w, targets, upstream = fused_case(dtype)
+    for temperature in (1.0, 0.7):
+        naive = models.naive_logprobs(h, w, targets, temperature)
+        fused, entropy = models.fused_logprobs(h, w, targets, temperature, chunk=chunk)
+        assert fused.dtype == torch.float32 and torch.allclose(fused, naive, atol=1e-4)
+        p = ((h @ w.T).float() / temperature).softmax(-1)
+        assert torch.allclose(entropy, -(p * p.log().clamp(min=-1e4)).sum(-1), atol=1e-4)
+        for ours, reference in zip(torch.autograd.grad(fused, (h, w), upstream), torch.autograd.grad(naive, (h, w), upstream)):
+            assert (ours - reference).abs().max() <= tolerance * reference.abs().max()
+
+
+def test_fused_logprobs_never_hold_tokens_by_vocabulary(monkeypatch):
+    class Largest(TorchDispatchMode):
+        seen = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            Largest.seen = max([Largest.seen] + [x.numel() for x in torch.utils._pytree.tree_leaves(out) if isinstance(x, torch.Tensor)])
+            return out
+
+    monkeypatch.setattr(models, "_compiled", lambda f: f)  # the same chunks, in the open
+    h, w, targets, upstream = fused_case(torch.float32, tokens=200, hidden=8)
+    with Largest():
+        models.fused_logprobs(h, w, targets, chunk=256)[0].backward(upstream)
+    assert Largest.seen <= 200 * 256 < 200 * 3000
+
+
+def test_trap_6_log_softmax_is_fp32_in_bf16_models():
+    h, w, targets, _ = fused_case(torch.bfloat16)
+    logits = (h @ w.T).detach()
+    exact = logits.double().log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+    in_bf16 = logits.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+    for ours in (models.naive_logprobs(h, w, targets), models.fused_logprobs(h, w, targets)[0]):
+        assert (ours - exact).abs().max() < 1e-4 < (in_bf16 - exact).abs().max()
+
+
+# ---- sample.py -----------------------------------------------------------------------------------------------------
+
+def test_trap_1_mask_holds_the_first_stop_token_and_nothing_after_it():
+    model = tiny_model(scale=0.2)
+    model.stop_ids = (0, 3, 4)  # several stop ids, and 0 is also the padding
+    r = sampling.sample(model, [[5, 6], [7, 8, 9]], 50, seeded(), 20)
+    assert 0 < r.finished.float().mean() < 1  # both kinds are there
+    for ids, length, finished, mask in zip(r.ids.flatten(0, 1), r.lengths.flatten(), r.finished.flatten(), r.mask.flatten(0, 1)):
+        stops = [i for i, token in enumerate(ids[:length].tolist()) if token in model.stop_ids]
+        assert stops == ([length - 1] if finished else []) and (finished or length == 20)
+        assert mask.tolist() == [i < length for i in range(20)]
+    assert not r.ids[~r.mask].any() and not r.logps[~r.mask].any()  # finished rows emit nothing (trap 20)
+
+
+def recomputed(model, prompts, r, temperature=1.0):
+    """The trainer's log-probs of rollouts, in the rollouts' shape."""
+    rows = [prompt for prompt in prompts for _ in range(r.ids.shape[1])]
+    with torch.no_grad():
+        logps, entropies = grpo.response_logprobs(model, rows, r.ids.flatten(0, 1), r.mask.flatten(0, 1), temperature)
+    return logps.view(r.ids.shape), entropies.view(r.ids.shape)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_traps_4_5_20_sampler_and_trainer_agree(temperature):
+    """KV-cached log-probs, with mixed lengths and rows leaving the batch, equal the full forward pass: the ratio is 1."""
+    model, prompts = tiny_model(scale=0.25), [[5, 6], [7, 8, 9, 10, 11, 3, 2], [1]]
+    r = sampling.sample(model, prompts, 30, seeded(), 24, temperature)
+    assert r.lengths.min() < 6 and r.lengths.max() == 24
+    logps, _ = recomputed(model, prompts, r, temperature)
+    assert torch.allclose(logps, r.logps, atol=1e-5)
+    other, _ = recomputed(model, prompts, r, 1.0 if temperature == 0.7 else 0.7)
+    assert (other - r.logps).abs().max() > 0.1  # and the temperature matters
+    assert all(len(set(group.tolist())) > 1 for group in r.ids[:, :, 0])  # rows of a group draw different first tokens
+
+
+def test_greedy_equals_transformers_generate(tmp_path):
+    theirs, directory = hf_pair("qwen3", tmp_path)
+    ours, _ = models.load(directory)
+    ours.num_tokens = 64  # this test's random model uses every id
+    prompt = [5, 9, 13, 2]
+    expected = theirs.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False, pad_token_id=0)[0, len(prompt):].tolist()
+    r = sampling.sample(ours, [prompt], 1, seeded(), 20, temperature=0)
+    assert r.ids[0, 0, :r.lengths[0, 0]].tolist() == expected
+
+
+@pytest.mark.parametrize("top_k, top_p", [(0, 1.0), (5, 1.0), (0, 0.8), (7, 0.6)])
+def test_draw_follows_the_truncated_distribution(top_k, top_p):
+    """Log-probs equal transformers' warpers', renormalised (trap 5), and frequencies follow them."""
+    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+    logits = torch.randn(1, 24, generator=seeded()) * 2
+    expected = TemperatureLogitsWarper(0.7)(None, logits)
+    expected = TopKLogitsWarper(top_k)(None, expected) if top_k else expected
+    expected = (TopPLogitsWarper(top_p)(None, expected) if top_p < 1 else expected).log_softmax(-1)[0]
+    n = 50_000
+    tokens, logps = sampling.draw(logits.expand(n, -1), torch.rand(n, generator=seeded(1)), 0.7, top_k, top_p)
+    assert torch.allclose(logps, expected[tokens], atol=1e-5)
+    frequency = torch.bincount(tokens, minlength=24) / n
+    assert (frequency - expected.exp()).abs().max() < 5 * math.sqrt(0.25 / n)
+    assert not frequency[expected == -torch.inf].any()
+
+
+def test_draw_at_the_ends_of_the_unit_interval():
+    logits = torch.tensor([[-torch.inf, 0.0, 1.0, -torch.inf]]).expand(2, -1)
+    tokens, _ = sampling.draw(logits, torch.tensor([0.0, 1 - 2 ** -24]))
+    assert tokens.tolist() == [1, 2]  # never a token of probability 0
+
+
+def test_presence_penalty_counts_what_was_written():
+    model = tiny_model()
+    model.stop_ids = ()
+    free = sampling.sample(model, [[5]], 1, seeded(), 20, temperature=0)
+    penalised = sampling.sample(model, [[5]], 1, seeded(), 20, temperature=0, presence_penalty=1e4)
+    assert len(set(free.ids[0, 0].tolist())) < 20 and len(set(penalised.ids[0, 0].tolist())) == 20
+
+
+def test_trap_19_the_next_rollout_sees_updated_weights():
+    model, fresh = tiny_model(seed=0), tiny_model(seed=1)
+    settings = dict(prompts=[[5, 6], [7]], n=4, max_new_tokens=12)
+    before = sampling.sample(model, generator=seeded(), **settings)
+    with torch.no_grad():
+        for p, q in zip(model.parameters(), fresh.parameters()):
+            p.copy_(q)
+    after = sampling.sample(model, generator=seeded(), **settings)
+    assert torch.equal(after.ids, sampling.sample(fresh, generator=seeded(), **settings).ids) and not torch.equal(after.ids, before.ids)
+    assert torch.allclose(recomputed(fresh, settings["prompts"], after)[0], after.logps, atol=1e-5)
+
+
+def test_a_row_does_not_depend_on_the_rows_beside_it():
+    model, prompts = tiny_model(scale=0.2), [[5, 6], [7, 8, 9], [4]]
+    whole = sampling.sample(model, prompts, 8, seeded(), 16)
+    sliced = sampling.sample(model, prompts, 8, seeded(), 16, rows=8)
+    assert torch.equal(whole.ids, sliced.ids)
+
+
+def test_trap_27_vocabulary_padding_is_never_sampled_nor_normalised_over():
+    model, prompts = tiny_model(scale=0.1), [[5, 6]]
+    model.num_tokens = 10  # ids 10..23 are padding
+    r = sampling.sample(model, prompts, 200, seeded(), 8)
+    assert r.ids.max() == 9
+    logps, entropies = recomputed(model, prompts, r)
+    assert torch.allclose(logps, r.logps, atol=1e-5) and entropies.max() <= math.log(10) + 1e-4
+
+
+def test_trap_10_groups_are_kept_by_place_not_by_prompt():
+    """Duplicate prompts stay separate groups, and mixing keeps every group's rows together."""
+    model, prompts = tiny_model(), [[5, 6], [7], [5, 6]]
+    a = sampling.sample(model, prompts, 2, seeded(), 5, explorer=True)
+    b = sampling.sample(model, prompts, 3, seeded(1), 9)
+    both = sampling.mix(a, b)
+    assert both.ids.shape == (3, 5, 9) and both.explorer.tolist() == [[True, True, False, False, False]] * 3
+    assert torch.equal(both.ids[:, :2, :5], a.ids) and torch.equal(both.ids[:, 2:], b.ids) and not both.mask[:, :2, 5:].any()
+    assert not torch.equal(b.ids[0], b.ids[2])  # the same prompt twice: two groups of their own
+    assert sampling.mix(None, b) is b and sampling.mix(a, None) is a
+
+
+def test_trap_22_exactly_one_bos(tmp_path):
+    from transformers import PreTrainedTokenizerFast
+    vocabulary = {"<bos>": 0, "<eos>": 1} | {chr(i): i - 30 for i in range(32, 127)}
+    special = dict(special=True, single_word=False, lstrip=False, rstrip=False, normalized=False)
+    (tmp_path / "tokenizer.json").write_text(json.dumps({
+        "version": "1.0", "truncation": None, "padding": None, "normalizer": None, "pre_tokenizer": None, "decoder": None,
+        "added_tokens": [{"id": 0, "content": "<bos>"} | special, {"id": 1, "content": "<eos>"} | special],
+        "post_processor": {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<bos>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+                           "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+                           "special_tokens": {"<bos>": {"id": "<bos>", "ids": [0], "tokens": ["<bos>"]}}},
+        "model": {"type": "BPE", "vocab": vocabulary, "merges": []}}))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"), bos_token="<bos>", eos_token="<eos>")
+    problem = reward.Problem("2+2?", "4")
+    plain = sampling.encode_prompt(problem, tokenizer)
+    tokenizer.chat_template = "{{ bos_token }}{{ messages[0]['content'] }} A:"
+    chat = sampling.encode_prompt(problem, tokenizer)
+    assert plain.count(0) == chat.count(0) == 1 and plain[0] == chat[0] == 0
+
+
+# ---- anneal.py -----------------------------------------------------------------------------------------------------
+
+def test_trap_28_counts_are_exact_and_sum_to_the_group():
+    for schedule, mix, G in itertools.product(anneal.SCHEDULES, range(1, 40), (2, 3, 7, 10, 16, 100)):
+        for step in range(1, mix + 3):
+            share = anneal.explorer_share(step, mix, schedule, 0.3)
+            explorer, learner = anneal.split_group(share, G)
+            assert 0 <= explorer <= G and explorer + learner == G and type(explorer) is int
+            if schedule == "linear":
+                alpha = Fraction(mix - step, mix - 1) if 1 <= step <= mix > 1 else Fraction(int(step <= mix))
+                assert explorer == math.ceil(alpha * G), f"step {step} of {mix}, G = {G}"
+
+
+def test_schedules():
+    shares = lambda schedule: [anneal.explorer_share(step, 5, schedule, 0.3) for step in range(1, 8)]
+    assert shares("linear") == [1, 0.75, 0.5, 0.25, 0, 0, 0]
+    assert shares("step") == [1, 1, 1, 1, 1, 0, 0] and shares("none") == [0] * 7 and shares("constant") == [0.3] * 7
+    cosine = shares("cosine")
+    assert cosine[0] == 1 and cosine[2] == 0.5 and cosine[4:] == [0, 0, 0] and cosine[1] > 0.75 and cosine[3] < 0.25
+    assert anneal.explorer_share(1, 1) == 1 and anneal.explorer_share(2, 1) == 0
+
+
+def test_anneal_prints_the_papers_table():
+    lines = run_cli("anneal.py", "--steps", 16, "--mix-steps", 8, "--group-size", 16).stdout.splitlines()
+    counts = [tuple(map(int, line.split()[2:4])) for line in lines[1:17]]
+    assert counts == [(16, 0), (14, 2), (12, 4), (10, 6), (7, 9), (5, 11), (3, 13)] + [(0, 16)] * 9
+
+
+# ---- grpo.py -------------------------------------------------------------------------------------------------------
+
+def test_advantages_of_one_group_by_hand():
+    A = grpo.group_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0]]))
+    assert torch.allclose(A, torch.tensor([[1.5, -0.5, -0.5, -0.5]]), atol=1e-4)  # mean 1/4, std (ddof 1) 1/2
+    assert torch.allclose(grpo.group_advantages(torch.tensor([[1.0, 0.0]]), scale=False), torch.tensor([[0.5, -0.5]]))
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 1.0, 2.2])
+def test_trap_7_equal_rewards_give_exactly_zero(value):
+    assert not grpo.group_advantages(torch.full((2, 24), value)).any()
+
+
+def test_trap_8_a_group_of_one_is_refused():
+    with pytest.raises(ValueError, match="at least 2"):
+        grpo.group_advantages(torch.ones(4, 1))
+
+
+def test_trap_9_groups_do_not_move_each_other():
+    rewards = torch.rand(2, 8, generator=seeded())
+    A = grpo.group_advantages(rewards + torch.tensor([[0.0], [100.0]]))
+    assert torch.allclose(A.sum(1), torch.zeros(2), atol=1e-3)
+    assert torch.allclose(A[:1], grpo.group_advantages(rewards[:1]), atol=1e-3)
+
+
+class Bigram:
+    """pi(next | previous) from a table: hidden states are one-hot, so hidden @ head.T looks the logits up."""
+
+    def __init__(self, table):
+        self.head = table.log().T  # [V out, V in]
+
+    def __call__(self, ids):
+        return F.one_hot(ids, self.head.shape[1]).float()
+
+
+def test_trap_3_logprobs_are_not_shifted():
+    table = torch.tensor([[.5, .3, .2], [.1, .2, .7], [.6, .3, .1]])
+    ids, mask = torch.tensor([[2, 0, 1], [1, 0, 0]]), torch.tensor([[True, True, True], [True, False, False]])
+    logps, entropies = grpo.response_logprobs(Bigram(table), [[0, 1], [2]], ids, mask)
+    by_hand = torch.tensor([[.7, .6, .3], [.3, 1, 1]]).log()  # 1 -> 2 -> 0 -> 1;  2 -> 1
+    assert torch.allclose(logps, by_hand, atol=1e-6)
+    assert torch.isclose(entropies[1, 0], -(table[2] * table[2].log()).sum()) and entropies[1, 1] == 0
+
+
+def test_trap_14_the_clip_has_the_right_sign():
+    """Gradient of the loss by the log-prob: -A * ratio where it counts, 0 only where the step has gone far enough."""
+    for A, ratio, passes in ((1, 0.5, True), (1, 1.0, True), (1, 1.5, False), (-1, 0.5, False), (-1, 1.0, True), (-1, 1.5, True)):
+        logps = torch.tensor([[math.log(ratio)]], requires_grad=True)
+        loss, got, clipped = grpo.policy_loss(logps, torch.zeros(1, 1), torch.tensor([float(A)]), torch.ones(1, 1))
+        loss.backward()
+        assert math.isclose(logps.grad.item(), -A * ratio if passes else 0.0, abs_tol=1e-6)
+        assert clipped.item() == (not passes) and math.isclose(got.item(), ratio, rel_tol=1e-6)
+
+
+def test_clip_higher_is_separate():
+    for high, gradient in ((0.2, 0.0), (0.28, -1.25)):
+        logps = torch.tensor([[math.log(1.25)]], requires_grad=True)
+        grpo.policy_loss(logps, torch.zeros(1, 1), torch.ones(1), torch.ones(1, 1), 0.2, high)[0].backward()
+        assert math.isclose(logps.grad.item(), gradient, rel_tol=1e-5)
+
+
+def random_rows(lengths=(3, 6, 1, 4), seed=0):
+    g = seeded(seed)
+    N, T = len(lengths), max(lengths)
+    mask = torch.arange(T) < torch.tensor(lengths)[:, None]
+    return (torch.randn(N, T, generator=g, requires_grad=True), torch.randn(N, T, generator=g), torch.randn(N, generator=g), mask)
+
+
+def test_trap_15_token_ratios_unless_gspo():
+    logps, old, A, mask = random_rows()
+    weights = grpo.token_weights(mask, "grpo", 6)
+    _, ratio, _ = grpo.policy_loss(logps, old, A, weights)
+    assert ratio.shape == mask.shape and torch.allclose(ratio[mask], (logps - old).exp()[mask])
+    _, ratio, _ = grpo.policy_loss(logps, old, A, weights, sequence_ratio=True)
+    for row, valid, difference in zip(ratio, mask, logps - old):
+        assert torch.allclose(row, difference[valid].mean().exp().expand_as(row))
+
+
+def test_trap_17_loss_zero_at_ratio_one_still_has_reinforces_gradient():
+    logps, _, _, mask = random_rows((4, 4, 4, 4))
+    A = grpo.group_advantages(torch.tensor([[1.0, 0.0, 0.0, 1.0]])).flatten()
+    weights = grpo.token_weights(mask, "grpo", 4)
+    loss, _, _ = grpo.policy_loss(logps, logps.detach(), A, weights)
+    gradient, = torch.autograd.grad(loss, logps)
+    reinforce, = torch.autograd.grad(-(weights * A[:, None] * logps).sum(), logps)
+    assert loss.abs() < 1e-6 and torch.allclose(gradient, reinforce) and gradient.abs().min() > 0.01
+
+
+def test_trap_18_weight_per_token_of_each_loss():
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]]).bool()  # the second row is twice as long
+    expected = {"grpo": (1 / 4, 1 / 8), "gspo": (1 / 4, 1 / 8), "dapo": (1 / 6, 1 / 6), "dr_grpo": (1 / 16, 1 / 16)}
+    for loss, (short, long) in expected.items():
+        weights = grpo.token_weights(mask, loss, max_new_tokens=8)
+        assert torch.allclose(weights, mask * torch.tensor([[short], [long]]))
+
+
+def test_traps_12_13_inputs_stay_and_an_empty_row_is_harmless():
+    logps, old, A, mask = random_rows((3, 0, 6))
+    with torch.no_grad():
+        old[1] = -torch.inf  # whatever stands where no token is
+    copies = [x.clone() for x in (logps, old, A, mask)]
+    for loss in grpo.LOSSES:
+        weights = grpo.token_weights(mask, loss, 6)
+        value, _, _ = grpo.policy_loss(logps, old, A, weights, sequence_ratio=loss == "gspo")
+        gradient, = torch.autograd.grad(value + grpo.kl_penalty(logps, old, weights), logps)
+        assert torch.isfinite(value) and torch.isfinite(gradient).all() and not gradient[~mask].any() and gradient[mask].any()
+        if loss == "dapo":
+            assert torch.isclose(weights.sum(), torch.tensor(1.0)) and torch.isclose(1 / weights.max(), mask.sum().float())
+    assert all(torch.equal(x, y) for x, y in zip((logps, old, A, mask), copies))
+
+
+def test_trap_16_gradients_of_the_kl_estimators():
+    """Expected over a 6-token vocabulary, every token weighted by its probability."""
+    g = seeded()
+    ref = torch.randn(6, generator=g).log_softmax(-1)
+    logits = torch.randn(6, generator=g, requires_grad=True)
+    logp = logits.log_softmax(-1)
+    p = logp.exp().detach()
+    expected = lambda k: torch.autograd.grad(grpo.kl_penalty(logp[None], ref[None], p[None], k), logits, retain_graph=True)[0]
+    reverse, = torch.autograd.grad((logp.exp() * (logp - ref)).sum(), logits, retain_graph=True)
+    forward, = torch.autograd.grad((ref.exp() * (ref - logp)).sum(), logits, retain_graph=True)
+    assert expected("k1").abs().max() < 1e-6 < reverse.abs().max()
+    assert torch.allclose(expected("k2"), reverse, atol=1e-6) and torch.allclose(expected("k3"), forward, atol=1e-6)
+    assert not torch.allclose(reverse, forward, atol=1e-3)
+    value = (p * (logp - ref)).sum()
+    assert all(torch.isclose(grpo.kl_penalty(logp[None], ref[None], p[None], k), value) for k in ("k1", "k3"))
+
+
+def test_trap_26_treatment_of_explorer_tokens():
+    learner, sampler = torch.tensor([[-1.0, -2.0], [-1.0, -2.0]]), torch.tensor([[-3.0, -1.0], [-1.1, -2.1]])
+    explorer = torch.tensor([True, False])
+    old, weight = grpo.explorer_treatment("recompute", learner, sampler, explorer)
+    assert torch.equal(old, learner) and (weight == 1).all()
+    old, weight = grpo.explorer_treatment("behaviour", learner, sampler, explorer)
+    assert torch.equal(old[0], sampler[0]) and torch.equal(old[1], learner[1]) and (weight == 1).all()
+    old, weight = grpo.explorer_treatment("truncated", learner, sampler, explorer)
+    assert torch.equal(old, learner) and torch.allclose(weight, torch.tensor([[2.0, math.exp(-1)], [1.0, 1.0]]))
+
+
+# ---- reward.py -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("response, expected", [
+    (r"so \boxed{12}", "12"), (r"\boxed{1} then \boxed{\frac{1}{2}}", r"\frac{1}{2}"), (r"\boxed{7} and \boxed{8", "7"),
+    (r"\boxed{\{1,2\}}", r"\{1,2\}"), ("#### 5\n#### 72", "72"), ("Answer: 3\nmore words", "3"), ("answer: $5$.", "$5$."),
+    (r"#### 4 but \boxed{9}", "9"), ("the number is 12", None), ("", None), (r"\boxed{}", "")])
+def test_extract_answer(response, expected):
+    assert reward.extract_answer(response) == expected
+
+
+@pytest.mark.parametrize("given, truth, equal", [
+    ("1,234", "1234", True), ("18.00", "18", True), ("-3", "-3", True), ("- 3", "3", False), ("1/2", "0.5", True),
+    ("50%", "0.5", True), ("50%", "50", True), (r"50\%", "50%", True), ("5%", "50%", False), ("0.5%", "50", False),
+    ("$5", "5", True), (r"\$5", "5", True), ("10.", "10", True), ("18 dollars", "18", True), ("18 or 19", "18", False),
+    ("12", "112", False), ("112", "12", False), ("3", "-3", False), (r"\frac{1}{2}", "0.5", True), (r"-\dfrac{3}{4}", "-0.75", True),
+    (r"\dfrac{x}{2}", r"\frac{x}{2}", True), (r"\left( 3, \frac{\pi}{2} \right)", r"(3,\frac{\pi}{2})", True), ("(3,4)", "(4,3)", False),
+    ("1,2", "12", False), ("1/0", "1/0", True), ("1/0", "2/0", False), ("", "0", False), (None, "0", False), ("p - q", "p-q", True),
+    ("1" * 5000, "1", False), ("1e999999999", "1", False), ("٣", "3", False)])
+def test_traps_23_30_equality_of_answers(given, truth, equal):
+    assert reward.answers_equal(given, truth) is equal
+
+
+def test_hostile_text_neither_hangs_nor_raises():
+    problem, n = reward.Problem("q", "1"), 200_000
+    hostile = [part * n for part in (r"\boxed{", "{", "}", "\\", "####", "1,", "9", " ", "Answer:", "\\frac{", "-", "٣", "\0", "İ", "%", ".")]
+    hostile += [r"\boxed{" + text + "}" for text in hostile] + ["#### " + text for text in hostile]
+    g = random.Random(0)
+    hostile += ["".join(g.choices(["\\boxed{", "}", "{", "####", "answer:", "1", ",", ".", "/", "%", "$", "\\", " ", "\n", "-", "\ud800", "𝟙"], k=30)) for _ in range(20_000)]
+    for text in hostile:
+        assert reward.score(problem, text).answer in (True, False)
+        assert not reward.score(reward.Problem("Bfa483920=", "2", "habit"), text).strict
+        assert not reward.score(reward.Problem("3+4*2-5=", "6", "natural"), text).strict
+
+
+def test_habit_is_verified_step_by_step():
+    problem = reward.Problem("Bfa483920=", "2", "habit")  # B asks for `-`: 4-8-3-9-2-0 = -18 = 2 mod 10
+    assert reward.score(problem, "-86-33-94-22-02") == (True, True)
+    assert reward.score(problem, "-86-33-95-22-02") == (True, False)  # a wrong step that ends well
+    assert reward.score(problem, "+82+35+94+26+06") == (False, False)  # executed right, the wrong operator
+    assert reward.score(problem, "-86-33-94-22-0") == (False, False) and reward.score(problem, "") == (False, False)
+
+
+def test_natural_is_verified_step_by_step():
+    problem = reward.Problem("3+4*2-5=", "6", "natural")
+    assert reward.score(problem, "3+8-5=1-5=6") == (True, True)
+    assert reward.score(problem, "7*2-5=4-5=9") == (False, False) and reward.score(problem, "7*2-5=4-5=6") == (True, False)
+    assert reward.score(problem, "3+8-5=6") == (True, False)  # a step is missing
+    assert not reward.natural_is_legal("9-3+2=", "9-5=4") and reward.natural_is_legal("9-3+2=", "6+2=8")
+
+
+def test_natural_every_legal_reduction_keeps_the_value():
+    """Against Python's own arithmetic, for every arrangement of operators."""
+    g = random.Random(0)
+    for operators in itertools.product("+-*", repeat=3):
+        for _ in range(20):
+            digits = [g.choice("0123456789") for _ in range(4)]
+            expression = "".join(a + b for a, b in zip(digits, [*operators, ""]))
+            legal = reward.legal_reductions(expression)
+            assert legal
+            for i in legal:
+                assert eval(reward.reduce_at(expression, i)) % 10 == eval(expression) % 10  # digits and + - * made here
+
+
+@pytest.mark.parametrize("task", reward.TASKS)
+def test_corpora_and_problems(task):
+    corpus = reward.make_corpus(task, 3000, seed=1, noise=0.0)
+    assert corpus == reward.make_corpus(task, 3000, seed=1, noise=0.0) != reward.make_corpus(task, 3000, seed=2, noise=0.0)
+    used = {question for question, _ in corpus}
+    problems = reward.make_problems(task, 500, seed=1, exclude=used)
+    questions = [problem.question for problem in problems]
+    assert len(set(questions)) == 500 and not used & set(questions)
+    if task == "habit":
+        table = {}
+        for question, solution in corpus:
+            assert solution == reward.habit_solution(question, solution[0])  # executed right, whatever the method
+            assert table.setdefault(question[:3], solution[0]) == solution[0]  # one habit a cell
+        right = np.mean([operator == reward.HABIT_OPERATOR[cell[0]] for cell, operator in table.items()])
+        assert 0.3 < right < 0.5
+        finals = [{reward.habit_solution(q, o)[-1] for o in reward.OPERATIONS} for q in questions]
+        assert all(len(values) == 4 for values in finals)
+    else:
+        legal = np.mean([reward.natural_is_legal(question, solution) for question, solution in corpus])
+        assert 0.05 < legal < 0.6  # most writers are wrong
+        for problem in problems:
+            wrong = {reward.natural_orders(problem.question[:-1], order)[-1] for order in ("left", "additions")}
+            assert problem.answer not in wrong
+
+
+@pytest.mark.parametrize("line, complaint", [
+    ("{", "line 2: not valid JSON"), ("[1]", "line 2: needs the fields"), ('{"question": "q"}', "line 2: needs the fields"),
+    ('{"question": 1, "answer": "2"}', "line 2: `question` must be text"), ('{"question": "q", "answer": null}', "line 2"),
+    ('{"question": "q", "answer": "1", "task": "chess"}', "line 2: unknown task 'chess'"), ("[" * 100_000, "line 2: not valid JSON")])
+def test_a_broken_line_is_named(line, complaint, tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"question": "q", "answer": "a #### 1,200"}\n' + line + "\n")
+    with pytest.raises(ValueError, match=complaint):
+        reward.load_problems(path)
+    path.write_text('{"question": "q", "answer": "a #### 1,200"}\n\n{"question": "r", "answer": 70}\n')
+    assert reward.load_problems(path) == [reward.Problem("q", "1,200"), reward.Problem("r", "70")]
+
+
+# ---- eval.py -------------------------------------------------------------------------------------------------------
+
+def test_trap_25_pass_at_k_is_the_mean_over_all_subsets():
+    for n, c in itertools.product(range(1, 8), range(8)):
+        outcomes = [i < c for i in range(n)]
+        for k in range(1, n + 1):
+            brute = np.mean([any(subset) for subset in itertools.combinations(outcomes, k)])
+            assert math.isclose(evaluation.pass_at_k([min(c, n)], n, k), brute, abs_tol=1e-12)
+    assert math.isclose(evaluation.pass_at_k([0, 4], 4, 2), 0.5)
+    with pytest.raises(ValueError, match="k <= n"):
+        evaluation.pass_at_k([1], 4, 5)
+
+
+def test_crossover_is_found_where_it_is():
+    assert evaluation.crossover([1, 2, 4, 8], [.5, .6, .7, .8], [.3, .5, .8, .9]) == pytest.approx(2 * math.sqrt(2))
+    assert evaluation.crossover([1, 2, 4], [.5, .6, .7], [.3, .5, .6]) is None
+
+
+def test_eval_and_sample_cli(family, tmp_path):
+    out = run_cli("eval.py", "--model", family / "learner", family / "explorer", "--data", family / "heldout.jsonl",
+                  "--problems", 20, "--n", 8, "--k", "1,4,8", "--out", tmp_path)
+    assert out.returncode == 0, out.stderr
+    summary = json.loads((tmp_path / "eval.json").read_text())
+    result = summary["models"][str(family / "learner")]
+    assert summary["k"] == [1, 4, 8] and result["strict"]["1"] == pytest.approx(np.mean(result["correct"]) / 8)
+    assert (tmp_path / "pass_at_k.png").stat().st_size > 5000 and "crossover" in out.stdout
+    out = run_cli("sample.py", "--model", family / "learner", "--prompt", "3+4=", "--n", 3, "--max-new-tokens", 4)
+    assert out.returncode == 0 and out.stdout.count("log-prob") == 3
+
+
+# ---- train.py ------------------------------------------------------------------------------------------------------
+
+def flags(family, out, *more):
+    return ["--learner", family / "learner", "--explorer", family / "explorer", "--data", family / "train.jsonl",
+            "--eval-data", family / "heldout.jsonl", "--out", out, "--steps", 4, "--prompts-per-step", 4, "--group-size", 4,
+            "--minibatches", 2, "--eval-problems", 8, "--eval-n", 16, "--max-new-tokens", 4, "--device", "cpu", *more]
+
+
+def train_here(family, out, *more):
+    """train.py's own path, in this process. Returns (run, its metrics)."""
+    args = training.parse_args([str(flag) for flag in flags(family, out, *more)])
+    training.settle(args)
+    run = training.Run(args)
+    training.train(args, run)
+    run.finish(0)
+    return run, read_metrics(out)
+
+
+def read_metrics(out):
+    """Lines of metrics.jsonl without what a clock decides."""
+    lines = [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if "second" not in key} for line in lines]
+
+
+def weights(out):
+    return models.read_safetensors(Path(out) / "learner" / "model.safetensors")
+
+
+def test_cli_two_steps_and_what_it_leaves(family, tmp_path):
+    out = run_cli("train.py", *flags(family, tmp_path / "run", "--steps", 2, "--eval-every", 1))
+    assert out.returncode == 0, out.stderr
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {"config.json", "metrics.jsonl", "pass_at_k.json", "rollouts.txt", "checkpoint.pt", "learner", "curve.png"}
+    lines = read_metrics(tmp_path / "run")
+    assert [line["step"] for line in lines] == [0, 1, 2] and all("eval_strict_pass@16" in line for line in lines)
+    assert lines[1]["share"] == 1 and lines[1]["rollouts_explorer"] == 16 and lines[2]["rollouts_learner"] == 16
+    assert "held out" in out.stdout and "try next" in out.stdout and "reward" in out.stderr
+    from transformers import AutoModelForCausalLM
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "learner")
+    ours, _ = models.load(tmp_path / "run" / "learner")
+    ids = torch.randint(1, 20, (2, 12))
+    with torch.no_grad():
+        assert torch.allclose(theirs(ids).logits, ours(ids) @ ours.head.T, atol=1e-4)
+    again = run_cli("train.py", *flags(family, tmp_path / "run"))
+    assert again.returncode == 2 and "already holds a run" in again.stderr
+
+
+def test_a_family_is_made_whole_and_its_problems_are_apart(tmp_path):
+    make_family(tmp_path / "habit", "habit", sizes={"explorer": (16, 1)}, corpus_size=256, epochs=1)
+    heldout, trained = (reward.load_problems(tmp_path / "habit" / name) for name in ("heldout.jsonl", "train.jsonl"))
+    used = {question for question, _ in reward.make_corpus("habit", 256, seed=0)}
+    questions = [problem.question for problem in heldout + trained]
+    assert len(heldout) == 512 and len(set(questions)) == len(questions) == 2560 and not used & set(questions)
+    model, tokenizer = models.load(tmp_path / "habit" / "explorer")
+    assert tokenizer.decode(tokenizer("Bfa483920=-86").input_ids) == "Bfa483920=-86" and tokenizer.eos_token_id in model.stop_ids
+    assert [path.name for path in tmp_path.iterdir()] == ["habit"]
+
+
+def test_trap_24_resume_equals_never_having_stopped(family, tmp_path):
+    straight, lines = train_here(family, tmp_path / "straight")
+    assert train_here(family, tmp_path / "again")[1] == lines  # the same seed, the same metrics to the last digit
+    assert all(line["grad_norm"] > 0 for line in lines[1:])  # and there was something to learn at every step
+    interrupted = training.parse_args([str(flag) for flag in flags(family, tmp_path / "resumed", "--save-every", 1)])
+    training.settle(interrupted)
+    run = training.Run(interrupted)
+    record = run.record
+    run.record = lambda step, *a, **k: (record(step, *a, **k), setattr(run, "interrupted", step == 2))
+    training.train(interrupted, run)
+    run.write({"step": 3, "torn": True})  # a step that was written but not saved is made again
+    out = run_cli("train.py", *flags(family, tmp_path / "resumed", "--resume"))
+    assert out.returncode == 0, out.stderr
+    assert read_metrics(tmp_path / "resumed") == lines
+    assert all(torch.equal(a, b) for a, b in zip(weights(tmp_path / "straight").values(), weights(tmp_path / "resumed").values()))
+    changed = run_cli("train.py", *flags(family, tmp_path / "resumed", "--resume", "--lr", 1e-3))
+    assert changed.returncode == 2 and "--lr 0.0002 -> 0.001" in changed.stderr
+
+
+def test_trap_28_no_explorer_is_plain_grpo_to_the_bit_and_the_explorer_stays_frozen(family, tmp_path, monkeypatch):
+    _, none = train_here(family, tmp_path / "none", "--explorer", "none")
+    _, zero = train_here(family, tmp_path / "zero", "--schedule", "constant", "--explorer-share", 0)
+    assert none == zero and none[-1]["share"] == 0
+    calls, real = [], training.sample
+
+    def spy(model, *args, **kwargs):
+        calls.append((kwargs.get("explorer", False), [p.clone() for p in model.parameters()]))
+        return real(model, *args, **kwargs)
+
+    monkeypatch.setattr(training, "sample", spy)
+    run, lines = train_here(family, tmp_path / "mixed", "--mix-steps", 3)
+    assert [line["rollouts_explorer"] for line in lines[1:]] == [16, 8, 0, 0]
+    explorers = [parameters for by_explorer, parameters in calls if by_explorer]
+    assert len(explorers) == 2 and run.explorer is None  # not called, nor kept, once its share is 0
+    assert all(torch.equal(a, b) for a, b in zip(*explorers))
+    original = models.load(family / "explorer")[0]
+    assert all(torch.equal(a, b) for a, b in zip(explorers[-1], original.parameters()))
+
+
+def test_trap_26_metrics_are_kept_per_source(family, tmp_path):
+    _, lines = train_here(family, tmp_path / "run", "--mix-steps", 4, "--lr", 1e-2)
+    mixed = lines[2]
+    assert 0 < mixed["rollouts_explorer"] < 16 and mixed["logp_gap_explorer"] > 0.01 > 1e-4 > mixed["logp_gap_learner"]
+    total = mixed["rollouts_explorer"] * mixed["reward_explorer"] + mixed["rollouts_learner"] * mixed["reward_learner"]
+    assert total / 16 == pytest.approx(mixed["reward"])
+    assert lines[1]["reward_learner"] is None and lines[4]["reward_explorer"] is None
+    assert any(line["clip_fraction_explorer"] for line in lines[1:4])  # at this rate the clip acts
+
+
+def test_traps_11_21_micro_batches_change_nothing_and_nothing_is_encoded_again(family, tmp_path, monkeypatch):
+    """Gradients of one update for micro-batches of 1, 3 and all rows, of unequal lengths; every loss, with a KL term."""
+    args = training.parse_args([str(flag) for flag in flags(family, tmp_path / "run", "--kl-coef", "0.1", "--minibatches", 1)])
+    training.settle(args)
+    run = training.Run(args)
+    run.learner = tiny_model(scale=0.2)
+    run.reference, explorer = tiny_model(scale=0.2, seed=1), tiny_model(scale=0.2, seed=2)
+    prompts = [[5, 6], [7, 8, 9], [5, 6], [3]]
+    rollouts = sampling.mix(sampling.sample(explorer, prompts, 2, seeded(), 12, explorer=True), sampling.sample(run.learner, prompts, 2, seeded(1), 12))
+    assert len(set(rollouts.lengths.flatten().tolist())) > 3
+    A = grpo.group_advantages(torch.rand(4, 4, generator=seeded(2)))
+    gradients = {}
+
+    class Capture:
+        def step(self, max_norm):
+            self.gradient = torch.cat([p.grad.flatten().clone() for p in run.learner.parameters()])
+            run.learner.zero_grad()
+            return 1.0
+
+    monkeypatch.setattr(run.tokenizer, "_encode_plus", None)  # trap 21: the trainer sees the sampled ids alone
+    for loss, ratio, micro in itertools.product(grpo.LOSSES, grpo.EXPLORER_RATIOS, (1, 3, 16)):
+        args.loss, args.explorer_ratio, args.micro_batch, run.optimizer = loss, ratio, micro, Capture()
+        training.update(args, run, prompts, rollouts, A, seeded())
+        gradient = run.optimizer.gradient
+        reference = gradients.setdefault((loss, ratio), gradient)
+        assert gradient.norm() > 1e-4 and torch.allclose(gradient, reference, atol=1e-5 * reference.norm())
+    for a, b in itertools.combinations(gradients, 2):  # and the choices differ, but for gspo where every ratio is 1
+        alike = {a[0], b[0]} == {"grpo", "gspo"} and a[1] == b[1] == "recompute"
+        assert ((gradients[a] - gradients[b]).norm() < 1e-3 * gradients[a].norm()) == alike, (a, b)
+
+
+def test_ratio_is_one_before_the_first_update(family, tmp_path):
+    _, lines = train_here(family, tmp_path / "run", "--steps", 1, "--minibatches", 1, "--temperature", 0.7, "--explorer", "none")
+    assert lines[1]["ratio"] == pytest.approx(1, abs=1e-6) and lines[1]["clip_fraction"] == 0
+    assert lines[1]["logp_gap_learner"] < 1e-5 and lines[1]["loss"] == pytest.approx(0, abs=1e-6)
+
+
+def test_trap_29_truncation_is_logged_and_warned_about(family, tmp_path):
+    out = run_cli("train.py", *flags(family, tmp_path / "run", "--steps", 2, "--max-new-tokens", 1, "--eval-every", 0))
+    assert "of the rollouts were cut at --max-new-tokens 1;" in out.stderr
+    assert read_metrics(tmp_path / "run")[1]["truncated"] > 0.9
+
+
+def test_bfloat16_updates_are_not_rounded_away(family, tmp_path):
+    model, _ = models.load(family / "learner", dtype=torch.bfloat16)
+    optimizer, before = training.Optimizer(model, lr=1e-5), model.layers[0].mlp.up_proj.weight.clone()
+    for _ in range(300):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step(1.0)
+    moved = (model.layers[0].mlp.up_proj.weight.float() - before.float()).mean()
+    assert moved.item() == pytest.approx(-300 * 1e-5, rel=0.1)
+
+
+def test_a_gradient_that_is_not_finite_skips_the_update(family):
+    model, _ = models.load(family / "learner")
+    optimizer, before = training.Optimizer(model, lr=1e-3), model.norm.weight.clone()
+    for p in model.parameters():
+        p.grad = torch.full_like(p, torch.nan)
+    assert not np.isfinite(optimizer.step(1.0)) and torch.equal(model.norm.weight, before)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_every_problem_comes_once_before_any_comes_again():
+    order = [i for step in range(1, 11) for i in training.batch_of(step, 4, 10, seed=0)]
+    assert all(sorted(order[epoch * 10:epoch * 10 + 10]) == list(range(10)) for epoch in range(4)) and order[:10] != order[10:20]
+
+
+def test_trap_27_other_tokenizers_are_refused(family, tmp_path):
+    import shutil
+    shutil.copytree(family / "explorer", tmp_path / "other")
+    text = (tmp_path / "other" / "tokenizer.json").read_text()
+    (tmp_path / "other" / "tokenizer.json").write_text(text.replace('"b"', '"B2"'))
+    out = run_cli("train.py", *flags(family, tmp_path / "run"), "--explorer", tmp_path / "other")
+    assert out.returncode == 2 and "tokenisers of learner and explorer differ in 2 tokens" in out.stderr
+
+
+@pytest.mark.parametrize("change, complaint", [
+    (["--learner", "no/such/dir"], "no/such/dir"), (["--data", "missing.jsonl"], "missing.jsonl"), (["--group-size", 1], "--group-size"),
+    (["--mix-steps", 5], "--mix-steps 5 is beyond --steps 4"), (["--max-new-tokens", 61], "does not fit the model's context of 64"),
+    (["--data", "broken"], "broken.jsonl, line 2"), (["--resume"], "no checkpoint.pt"), (["--minibatches", 9], "--minibatches")])
+def test_bad_input_is_one_line_and_exit_code_2(change, complaint, family, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    if change[-1] == "broken":
+        (tmp_path / "broken.jsonl").write_text('{"question": "Bfa483920=", "answer": "2", "task": "habit"}\n{"question": \n')
+        change = ["--data", tmp_path / "broken.jsonl"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags(family, tmp_path / "run", *change))])
+    with pytest.raises(SystemExit) as stopped:
+        training.main()
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and complaint in error and error.startswith("train.py: error:") and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_ctrl_c_leaves_a_usable_run(family, tmp_path):
+    out = tmp_path / "run"
+    command = [sys.executable, ROOT / "train.py", *map(str, flags(family, out, "--steps", 5000, "--eval-every", 0))]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    deadline = time.time() + 120
+    while time.time() < deadline and not (out / "metrics.jsonl").exists() or len(read_metrics(out)) < 4:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    stdout, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "--resume" in stdout
+    assert {"checkpoint.pt", "learner", "curve.png"} <= {path.name for path in out.iterdir()}
+    saved = torch.load(out / "checkpoint.pt", weights_only=True)
+    assert saved["step"] == read_metrics(out)[-1]["step"]
+    models.load(out / "learner")
