@@ -10,8 +10,11 @@ For a prompt, G responses o_1..o_G with rewards r_1..r_G (in S2L-PO some of them
 Why a group: the mean reward of a prompt's own rollouts is the baseline, so no value network is needed. Why the loss is
 0 at the first update: every ratio is 1 and the advantages of a group sum to 0; its gradient is REINFORCE's and is not 0.
 
-Shapes: P prompts, G rollouts each, N rows, T response tokens, L prompt and response tokens, D hidden.
+From the first line of a group's rewards to the optimiser's step: `group_advantages`, then `update`.
+
+Shapes: P prompts, G rollouts each, N = P*G rows, T response tokens, L prompt and response tokens, D hidden.
 """
+import numpy as np
 import torch
 
 from model import fused_logprobs
@@ -118,3 +121,98 @@ def response_logprobs(model, prompts, ids, mask, temperature=1.0):
     logps, entropies = fused_logprobs(hidden, model.head, tokens[:, 1:][predicts], temperature)
     blank = torch.zeros(mask.shape, device=ids.device)
     return blank.masked_scatter(mask, logps), blank.masked_scatter(mask, entropies)
+
+
+def update(args, learner, reference, optimizer, prompts, rollouts, advantages, generator):
+    """One GRPO update of `args.minibatches` optimiser steps on a step's rollouts (P prompts, class Rollouts) with
+    advantages [P, G]. `reference` is the KL's frozen policy or None. Returns the metrics of README's glossary."""
+    P, G, T = rollouts.ids.shape
+    ids, mask, sampler_logps, explorer = (
+        x.flatten(0, 1) for x in (rollouts.ids, rollouts.mask, rollouts.logps, rollouts.explorer))  # [P, G, ..] -> [N, ..]
+    A, N, device = advantages.flatten(), P * G, ids.device
+    row_prompts = [prompt for prompt in prompts for _ in range(G)]
+
+    def logprobs(model, rows):
+        return response_logprobs(model, [row_prompts[i] for i in rows.tolist()], ids[rows], mask[rows], args.temperature)
+
+    @torch.no_grad()
+    def frozen_logprobs(model):
+        return torch.cat([logprobs(model, rows)[0] for rows in torch.arange(N, device=device).split(args.micro_batch)])
+
+    start_logps = frozen_logprobs(learner)  # pi_old: the learner before this step's first update, [N, T]
+    reference_logps = frozen_logprobs(reference) if reference else None
+    old_logps, treatment = explorer_treatment(args.explorer_ratio, start_logps, sampler_logps, explorer)
+
+    ratio, clipped, entropy = (torch.zeros(N, T, device=device) for _ in range(3))
+    losses, kls, grad_norms = [], [], []
+    for groups in torch.randperm(P, generator=generator).to(device).chunk(args.minibatches):
+        rows = (groups[:, None] * G + torch.arange(G, device=device)).flatten()  # whole groups: [P/m, G] -> [rows]
+        weights = token_weights(mask[rows], args.loss, args.max_new_tokens)
+        losses.append(0.0)
+        kls.append(0.0)
+        for micro in torch.arange(len(rows), device=device).split(args.micro_batch):
+            r, w = rows[micro], weights[micro]
+            logps, H = logprobs(learner, r)
+            loss, ratio[r], clip = policy_loss(logps, old_logps[r], A[r], w * treatment[r], args.clip_low, args.clip_high,
+                                               sequence_ratio=args.loss == "gspo")
+            if reference:
+                kl = kl_penalty(logps, reference_logps[r], w, args.kl_estimator)
+                loss = loss + args.kl_coef * kl
+                kls[-1] += kl.item()
+            loss.backward()
+            losses[-1] += loss.item()
+            entropy[r], clipped[r] = H.detach(), clip.float()
+        grad_norms.append(optimizer.step(args.max_grad_norm))
+
+    def mean(x, rows):
+        chosen = x[mask & rows[:, None]]
+        return chosen.mean().item() if len(chosen) else None
+
+    metrics = {"loss": float(np.mean(losses)), "kl": float(np.mean(kls)) if reference else None,
+               "grad_norm": float(np.mean(grad_norms)), "skipped_updates": int(np.sum(~np.isfinite(grad_norms)))}
+    gap = (start_logps - sampler_logps).abs()
+    for name, rows in (("", torch.ones_like(explorer)), ("_explorer", explorer), ("_learner", ~explorer)):
+        metrics |= {f"ratio{name}": mean(ratio, rows), f"clip_fraction{name}": mean(clipped, rows),
+                    f"logp_gap{name}": mean(gap, rows), f"entropy{name}": mean(entropy, rows)}
+    return metrics
+
+
+class Optimizer:
+    """AdamW in float32 for weights of any dtype: bfloat16 rounds a relative change below 1/256 away, and at learning
+    rates of 1e-6 there are hardly any others. Float32 weights are their own masters; others get a float32 copy."""
+
+    def __init__(self, model, lr):
+        self.weights = list(model.parameters())
+        self.masters = [w if w.dtype == torch.float32 else w.detach().float() for w in self.weights]
+        self.adamw = torch.optim.AdamW(self.masters, lr=lr, weight_decay=0.0, fused=self.weights[0].device.type != "mps")
+
+    @torch.no_grad()
+    def step(self, max_norm):
+        """One update from the weights' gradients, which it clears. Returns the gradient's norm before it is scaled
+        down to max_norm; where that is not finite, nothing is updated."""
+        for master, weight in zip(self.masters, self.weights):
+            if master is not weight:
+                master.grad = weight.grad.float()
+        norm = torch.nn.utils.clip_grad_norm_(self.masters, max_norm).item()
+        if np.isfinite(norm):
+            self.adamw.step()
+            self.copy_masters()
+        for tensor in (*self.masters, *self.weights):
+            tensor.grad = None
+        return norm
+
+    @torch.no_grad()
+    def copy_masters(self):
+        for master, weight in zip(self.masters, self.weights):
+            if master is not weight:
+                weight.copy_(master)
+
+    def state(self):
+        return {"masters": self.masters, "adamw": self.adamw.state_dict()}
+
+    @torch.no_grad()
+    def restore(self, state):
+        for master, saved in zip(self.masters, state["masters"]):
+            master.copy_(saved)
+        self.adamw.load_state_dict(state["adamw"])
+        self.copy_masters()

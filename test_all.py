@@ -704,6 +704,8 @@ def test_trap_24_resume_equals_never_having_stopped(family, tmp_path):
     assert out.returncode == 0, out.stderr
     assert read_metrics(tmp_path / "resumed") == lines
     assert all(torch.equal(a, b) for a, b in zip(weights(tmp_path / "straight").values(), weights(tmp_path / "resumed").values()))
+    _, anew = train_here(family, tmp_path / "never", "--resume")  # nothing saved yet: from the beginning
+    assert anew == lines
     changed = run_cli("train.py", *flags(family, tmp_path / "resumed", "--resume", "--lr", 1e-3))
     assert changed.returncode == 2 and "--lr 0.0002 -> 0.001" in changed.stderr
 
@@ -738,35 +740,41 @@ def test_trap_26_metrics_are_kept_per_source(family, tmp_path):
     assert any(line["clip_fraction_explorer"] for line in lines[1:4])  # at this rate the clip acts
 
 
-def test_traps_11_21_micro_batches_change_nothing_and_nothing_is_encoded_again(family, tmp_path, monkeypatch):
+def test_trap_11_micro_batches_change_nothing():
     """Gradients of one update for micro-batches of 1, 3 and all rows, of unequal lengths; every loss, with a KL term."""
-    args = training.parse_args([str(flag) for flag in flags(family, tmp_path / "run", "--kl-coef", "0.1", "--minibatches", 1)])
-    training.settle(args)
-    run = training.Run(args)
-    run.learner = tiny_model(scale=0.2)
-    run.reference, explorer = tiny_model(scale=0.2, seed=1), tiny_model(scale=0.2, seed=2)
+    learner, reference, explorer = (tiny_model(scale=0.2, seed=seed) for seed in range(3))
     prompts = [[5, 6], [7, 8, 9], [5, 6], [3]]
-    rollouts = sampling.mix(sampling.sample(explorer, prompts, 2, seeded(), 12, explorer=True), sampling.sample(run.learner, prompts, 2, seeded(1), 12))
+    rollouts = sampling.mix(sampling.sample(explorer, prompts, 2, seeded(), 12, explorer=True),
+                            sampling.sample(learner, prompts, 2, seeded(1), 12))
     assert len(set(rollouts.lengths.flatten().tolist())) > 3
     A = grpo.group_advantages(torch.rand(4, 4, generator=seeded(2)))
     gradients = {}
 
     class Capture:
         def step(self, max_norm):
-            self.gradient = torch.cat([p.grad.flatten().clone() for p in run.learner.parameters()])
-            run.learner.zero_grad()
+            self.gradient = torch.cat([p.grad.flatten().clone() for p in learner.parameters()])
+            learner.zero_grad()
             return 1.0
 
-    monkeypatch.setattr(run.tokenizer, "_encode_plus", None)  # trap 21: the trainer sees the sampled ids alone
-    for loss, ratio, micro in itertools.product(grpo.LOSSES, grpo.EXPLORER_RATIOS, (1, 3, 16)):
-        args.loss, args.explorer_ratio, args.micro_batch, run.optimizer = loss, ratio, micro, Capture()
-        training.update(args, run, prompts, rollouts, A, seeded())
-        gradient = run.optimizer.gradient
-        reference = gradients.setdefault((loss, ratio), gradient)
-        assert gradient.norm() > 1e-4 and torch.allclose(gradient, reference, atol=1e-5 * reference.norm())
+    args = training.parse_args(["--kl-coef", "0.1", "--minibatches", "1", "--max-new-tokens", "12"])
+    for args.loss, args.explorer_ratio, args.micro_batch in itertools.product(grpo.LOSSES, grpo.EXPLORER_RATIOS, (1, 3, 16)):
+        capture = Capture()
+        grpo.update(args, learner, reference, capture, prompts, rollouts, A, seeded())
+        expected = gradients.setdefault((args.loss, args.explorer_ratio), capture.gradient)
+        assert expected.norm() > 1e-4 and torch.allclose(capture.gradient, expected, atol=1e-5 * expected.norm())
     for a, b in itertools.combinations(gradients, 2):  # and the choices differ, but for gspo where every ratio is 1
         alike = {a[0], b[0]} == {"grpo", "gspo"} and a[1] == b[1] == "recompute"
         assert ((gradients[a] - gradients[b]).norm() < 1e-3 * gradients[a].norm()) == alike, (a, b)
+
+
+def test_trap_21_rollouts_are_never_encoded_again(family, tmp_path, monkeypatch):
+    """The trainer gets the ids that were sampled: once a run is loaded, nothing asks the tokeniser for ids."""
+    args = training.parse_args([str(flag) for flag in flags(family, tmp_path / "run", "--eval-problems", 1)])
+    training.settle(args)
+    run = training.Run(args)
+    run.eval_problems, run.tokenizer = [], SimpleNamespace(decode=run.tokenizer.decode)
+    training.train(args, run)
+    assert [line["step"] for line in run.metrics()] == [1, 2, 3, 4] and any(line["grad_norm"] for line in run.metrics())
 
 
 def test_ratio_is_one_before_the_first_update(family, tmp_path):
@@ -783,7 +791,7 @@ def test_trap_29_truncation_is_logged_and_warned_about(family, tmp_path):
 
 def test_bfloat16_updates_are_not_rounded_away(family, tmp_path):
     model, _ = models.load(family / "learner", dtype=torch.bfloat16)
-    optimizer, before = training.Optimizer(model, lr=1e-5), model.layers[0].mlp.up_proj.weight.clone()
+    optimizer, before = grpo.Optimizer(model, lr=1e-5), model.layers[0].mlp.up_proj.weight.clone()
     for _ in range(300):
         for p in model.parameters():
             p.grad = torch.ones_like(p)
@@ -794,7 +802,7 @@ def test_bfloat16_updates_are_not_rounded_away(family, tmp_path):
 
 def test_a_gradient_that_is_not_finite_skips_the_update(family):
     model, _ = models.load(family / "learner")
-    optimizer, before = training.Optimizer(model, lr=1e-3), model.norm.weight.clone()
+    optimizer, before = grpo.Optimizer(model, lr=1e-3), model.norm.weight.clone()
     for p in model.parameters():
         p.grad = torch.full_like(p, torch.nan)
     assert not np.isfinite(optimizer.step(1.0)) and torch.equal(model.norm.weight, before)
@@ -818,7 +826,7 @@ def test_trap_27_other_tokenizers_are_refused(family, tmp_path):
 @pytest.mark.parametrize("change, complaint", [
     (["--learner", "no/such/dir"], "no/such/dir"), (["--data", "missing.jsonl"], "missing.jsonl"), (["--group-size", 1], "--group-size"),
     (["--mix-steps", 5], "--mix-steps 5 is beyond --steps 4"), (["--max-new-tokens", 61], "does not fit the model's context of 64"),
-    (["--data", "broken"], "broken.jsonl, line 2"), (["--resume"], "no checkpoint.pt"), (["--minibatches", 9], "--minibatches")])
+    (["--data", "broken"], "broken.jsonl, line 2"), (["--minibatches", 9], "--minibatches")])
 def test_bad_input_is_one_line_and_exit_code_2(change, complaint, family, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     if change[-1] == "broken":
