@@ -58,7 +58,8 @@ def main():
         explorer, learner = split_group(share, args.group_size)
         total += explorer
         print(f"{step:5d}  {share:6.3f}  {explorer:8d}  {learner:7d}  {'#' * explorer}{'.' * learner}")
-    print(f"the explorer writes {total} of {args.steps * args.group_size} rollouts per prompt ({total / args.steps / args.group_size:.0%})")
+    rollouts = args.steps * args.group_size
+    print(f"the explorer writes {total} of {rollouts} rollouts, {total / rollouts:.0%}")
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ def kl_penalty(logps, ref_logps, weights, estimator="k3"):
 
         k1  -x            unbiased value; as a loss its expected gradient is 0, so it does not hold the policy back
         k2  x^2 / 2       biased value; as a loss its expected gradient is that of KL(pi_theta || pi_ref)
-        k3  e^x - 1 - x   unbiased and positive value (the paper's); as a loss its gradient is that of KL(pi_ref || pi_theta)
+        k3  e^x - 1 - x   unbiased, positive value (the paper's); as a loss its gradient is that of KL(pi_ref || pi_theta)
 
     Equal near pi_ref, where the penalty is used. On explorer tokens none of them is an estimate of the KL: the tokens
     are not drawn from pi_theta; the penalty still pulls towards pi_ref there."""
@@ -153,8 +153,8 @@ def update(args, learner, reference, optimizer, prompts, rollouts, advantages, g
         for micro in torch.arange(len(rows), device=device).split(args.micro_batch):
             r, w = rows[micro], weights[micro]
             logps, H = logprobs(learner, r)
-            loss, ratio[r], clip = policy_loss(logps, old_logps[r], A[r], w * treatment[r], args.clip_low, args.clip_high,
-                                               sequence_ratio=args.loss == "gspo")
+            loss, ratio[r], clip = policy_loss(logps, old_logps[r], A[r], w * treatment[r], args.clip_low,
+                                               args.clip_high, sequence_ratio=args.loss == "gspo")
             if reference:
                 kl = kl_penalty(logps, reference_logps[r], w, args.kl_estimator)
                 loss = loss + args.kl_coef * kl

@@ -14,6 +14,8 @@ Shapes: B rows, T tokens, D hidden, H query heads, K key/value heads, h head siz
 import functools
 import json
 import os
+import shutil
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -236,6 +238,9 @@ def _chunk_grad(hidden, weight, local, inverse_temperature, lse, grad):
 
 @functools.cache
 def _compiled(function):
+    if not any(map(shutil.which, ("g++", "clang++", "cl"))):
+        warnings.warn("no C++ compiler on this machine: the log-prob kernel runs uncompiled, correct but slower")
+        return function
     return torch.compile(function, dynamic=True)
 
 
@@ -246,8 +251,8 @@ class _FusedLogProb(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, chunk):
-        # Compiling costs seconds and pays once the vocabulary spans many chunks.
-        ctx.compile = (lambda f: f) if weight.shape[0] <= chunk else _compiled
+        # Compiling costs seconds and pays once the vocabulary spans many chunks. For MPS it is a prototype.
+        ctx.compile = (lambda f: f) if weight.shape[0] <= chunk or hidden.device.type == "mps" else _compiled
         accumulate = ctx.compile(_accumulate_chunk)
         N = hidden.shape[0]
         stats = (hidden.new_full((N,), -torch.inf, dtype=torch.float32),

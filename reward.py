@@ -39,7 +39,8 @@ class Score(NamedTuple):
 def score(problem, text):
     """What `text`, the model's decoded response, is worth."""
     if problem.task == "habit":  # the type fixes the operator, so exactly one worked solution is right
-        return Score(text[-1:] == problem.answer, text == habit_solution(problem.question, HABIT_OPERATOR[problem.question[0]]))
+        solution = habit_solution(problem.question, HABIT_OPERATOR[problem.question[0]])
+        return Score(text[-1:] == problem.answer, text == solution)
     if problem.task == "natural":
         return Score(text[-1:] == problem.answer, natural_is_legal(problem.question, text))
     right = answers_equal(extract_answer(text), problem.answer)

@@ -42,7 +42,8 @@ def mix(first, second):
         return first or second
     T = max(first.ids.shape[2], second.ids.shape[2])
     widen = lambda x: F.pad(x, (0, T - x.shape[2])) if x.dim() == 3 else x
-    return Rollouts(*(torch.cat([widen(getattr(r, field.name)) for r in (first, second)], dim=1) for field in fields(Rollouts)))
+    both = lambda name: torch.cat([widen(getattr(first, name)), widen(getattr(second, name))], dim=1)
+    return Rollouts(**{field.name: both(field.name) for field in fields(Rollouts)})
 
 
 def draw(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
@@ -160,35 +161,39 @@ def decode(rollouts, tokenizer):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Print completions of one prompt.")
-    parser.add_argument("--model", required=True, help="a checkpoint directory or a Hugging Face hub name")
-    parser.add_argument("--prompt", required=True, help="text, given to the model as it is")
-    parser.add_argument("--chat", action="store_true", help="wrap the prompt in the tokeniser's chat template")
-    parser.add_argument("--n", type=int, default=4, help="completions")
-    parser.add_argument("--max-new-tokens", type=int, default=64)
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")
-    parser.add_argument("--top-k", type=int, default=0, help="0: off")
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--presence-penalty", type=float, default=0.0, help="subtracted from the logits of tokens already written")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="auto", help="auto: cuda, then mps, then cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser = argparse.ArgumentParser(description="Print completions of one prompt.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--model", required=True, help="a checkpoint directory or a Hugging Face hub name")
+    add("--prompt", required=True, help="text, given to the model as it is")
+    add("--chat", action="store_true", help="wrap the prompt in the tokeniser's chat template")
+    add("--n", type=int, default=4, help="completions")
+    add("--max-new-tokens", type=int, default=64, help="longest completion")
+    add("--temperature", type=float, default=1.0, help="0 is greedy")
+    add("--top-k", type=int, default=0, help="0: off")
+    add("--top-p", type=float, default=1.0, help="1: off")
+    add("--presence-penalty", type=float, default=0.0, help="taken off the logits of tokens already written")
+    add("--seed", type=int, default=0, help="of the completions")
+    add("--device", default="auto", help="auto: cuda, then mps, then cpu")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and activations")
     args = parser.parse_args()
     try:
         model, tokenizer = load(args.model, pick_device(args.device), getattr(torch, args.dtype))
         text = args.prompt
+        if args.chat and not tokenizer.chat_template:
+            raise ValueError(f"--chat: the tokeniser of {args.model} has no chat template")
         if args.chat:
-            if not tokenizer.chat_template:
-                raise ValueError(f"--chat: the tokeniser of {args.model} has no chat template")
-            text = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
+            message = [{"role": "user", "content": text}]
+            text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
         prompt = tokenizer(text, add_special_tokens=not args.chat).input_ids
         rollouts = sample(model, [prompt], args.n, torch.Generator().manual_seed(args.seed), args.max_new_tokens,
                           args.temperature, args.top_k, args.top_p, args.presence_penalty)
     except (ValueError, OSError) as error:
         print(f"sample.py: error: {error}", file=sys.stderr)
         sys.exit(2)
-    for text, length, finished, logps in zip(decode(rollouts, tokenizer)[0], rollouts.lengths[0], rollouts.finished[0], rollouts.logps[0]):
-        print(f"--- {length} tokens, {'stopped' if finished else 'cut at --max-new-tokens'}, log-prob {logps.sum():.2f}\n{text}")
+    for i, completion in enumerate(decode(rollouts, tokenizer)[0]):
+        end = "stopped" if rollouts.finished[0, i] else "cut at --max-new-tokens"
+        print(f"--- {rollouts.lengths[0, i]} tokens, {end}, log-prob {rollouts.logps[0, i].sum():.2f}\n{completion}")
 
 
 if __name__ == "__main__":

@@ -617,6 +617,7 @@ def test_trap_25_pass_at_k_is_the_mean_over_all_subsets():
 def test_crossover_is_found_where_it_is():
     assert evaluation.crossover([1, 2, 4, 8], [.5, .6, .7, .8], [.3, .5, .8, .9]) == pytest.approx(2 * math.sqrt(2))
     assert evaluation.crossover([1, 2, 4], [.5, .6, .7], [.3, .5, .6]) is None
+    assert evaluation.crossover([1, 2, 4], [.5, .6, .7], [.3, .6, .7]) is None  # caught up is not overtaken
 
 
 def test_eval_and_sample_cli(family, tmp_path):
@@ -625,7 +626,7 @@ def test_eval_and_sample_cli(family, tmp_path):
     assert out.returncode == 0, out.stderr
     summary = json.loads((tmp_path / "eval.json").read_text())
     result = summary["models"][str(family / "learner")]
-    assert summary["k"] == [1, 4, 8] and result["strict"]["1"] == pytest.approx(np.mean(result["correct"]) / 8)
+    assert summary["k"] == [1, 4, 8] and result["pass@k strict"][0] == pytest.approx(np.mean(result["strict"]) / 8) and max(result["strict"]) > 0
     assert (tmp_path / "pass_at_k.png").stat().st_size > 5000 and "crossover" in out.stdout
     out = run_cli("sample.py", "--model", family / "learner", "--prompt", "3+4=", "--n", 3, "--max-new-tokens", 4)
     assert out.returncode == 0 and out.stdout.count("log-prob") == 3
@@ -825,7 +826,7 @@ def test_trap_27_other_tokenizers_are_refused(family, tmp_path):
 
 @pytest.mark.parametrize("change, complaint", [
     (["--learner", "no/such/dir"], "no/such/dir"), (["--data", "missing.jsonl"], "missing.jsonl"), (["--group-size", 1], "--group-size"),
-    (["--mix-steps", 5], "--mix-steps 5 is beyond --steps 4"), (["--max-new-tokens", 61], "does not fit the model's context of 64"),
+    (["--mix-steps", 5], "--mix-steps 5 is beyond --steps 4"), (["--max-new-tokens", 125], "does not fit the model's context of 128"),
     (["--data", "broken"], "broken.jsonl, line 2"), (["--minibatches", 9], "--minibatches")])
 def test_bad_input_is_one_line_and_exit_code_2(change, complaint, family, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

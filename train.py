@@ -70,8 +70,8 @@ def train(args, run):
         clock.append(time.perf_counter())
 
         texts = decode(rollouts, run.tokenizer)
-        scores = torch.tensor([[reward.score(problem, text) for text in group] for problem, group in zip(problems, texts)],
-                              dtype=torch.float32, device=rollouts.ids.device)                  # [P, G, (answer, strict)]
+        scores = [[reward.score(problem, text) for text in group] for problem, group in zip(problems, texts)]
+        scores = torch.tensor(scores, dtype=torch.float32, device=rollouts.ids.device)          # [P, G, (answer, strict)]
         advantages = group_advantages(scores[..., 1], scale=args.loss != "dr_grpo")             # over the combined group
         clock.append(time.perf_counter())
 
@@ -156,7 +156,8 @@ def settle(args):
             print(f"first run: making the two base models of task `{args.task}`, kept in {family}")
             make_family(family, args.task, device=pick_device(args.device))
         args.learner, args.explorer = str(family / "learner"), args.explorer or str(family / "explorer")
-        args.data, args.eval_data = args.data or str(family / "train.jsonl"), args.eval_data or str(family / "heldout.jsonl")
+        args.data = args.data or str(family / "train.jsonl")
+        args.eval_data = args.eval_data or str(family / "heldout.jsonl")
     args.out = args.out or str(Path("runs", time.strftime("%Y%m%d-%H%M%S")))
     config = Path(args.out, "config.json")
     if config.exists() and not args.resume:
@@ -174,8 +175,9 @@ def check_tokenizers(learner, explorer):
     a, b = learner.get_vocab(), explorer.get_vocab()
     different = sorted(token for token in a.keys() | b.keys() if a.get(token) != b.get(token))
     if different:
+        token = different[0]
         raise ValueError(f"the tokenisers of learner and explorer differ in {len(different)} tokens ({len(a)} and {len(b)} "
-                         f"in all), such as {different[0]!r}: id {a.get(different[0])} and {b.get(different[0])}")
+                         f"in all), such as {token!r}: id {a.get(token)} and {b.get(token)}")
 
 
 class Run:
@@ -199,8 +201,8 @@ class Run:
             self.first_step = state["step"] + 1
         elif args.resume:
             print(f"--resume: nothing is saved in {self.out} yet, so from the beginning")
-        shares = (explorer_share(step, args.mix_steps, args.schedule, args.explorer_share) for step in range(1, args.steps + 1))
-        self.last_explorer_step = max((step for step, share in enumerate(shares, 1) if share > 0), default=0)
+        share = lambda step: explorer_share(step, args.mix_steps, args.schedule, args.explorer_share)
+        self.last_explorer_step = max((step for step in range(1, args.steps + 1) if share(step) > 0), default=0)
         self.explorer = None
         if self.first_step <= self.last_explorer_step:
             self.explorer, explorer_tokenizer = load(args.explorer, device, dtype)
@@ -245,7 +247,7 @@ class Run:
     def steps(self):
         """Yields the steps to take under a progress bar, saving on the way. Ctrl-C ends it after the current step."""
         if self.first_step == 1 and self.eval_problems:
-            print(f"pass@k before training ({len(self.eval_problems)} held-out problems, {self.args.eval_n} rollouts each)")
+            print(f"pass@k before training: {len(self.eval_problems)} held-out problems, {self.args.eval_n} rollouts each")
             self.write({"step": 0} | self.evaluate(self.learner, "learner before"))
             if self.explorer:
                 self.evaluate(self.explorer, "explorer")
@@ -257,7 +259,7 @@ class Run:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             self.bar.write("Ctrl-C: finishing this step, then saving; once more quits at once", file=sys.stderr)
 
-        self.bar = tqdm(total=self.args.steps, initial=self.first_step - 1, desc="training", unit="step", dynamic_ncols=True)
+        self.bar = tqdm(total=self.args.steps, initial=self.first_step - 1, desc="training", dynamic_ncols=True)
         before = signal.signal(signal.SIGINT, interrupt)
         for step in range(self.first_step, self.args.steps + 1):
             yield step
@@ -280,8 +282,8 @@ class Run:
         mean = lambda x: x.float().mean().item() if x.numel() else None
         line = {"step": step, "share": share,
                 "rollouts_explorer": int(explorer.sum()), "rollouts_learner": int((~explorer).sum()),
-                "reward": mean(rewards), "reward_explorer": mean(rewards[explorer]), "reward_learner": mean(rewards[~explorer]),
-                "reward_answer": mean(answers),
+                "reward": mean(rewards), "reward_explorer": mean(rewards[explorer]),
+                "reward_learner": mean(rewards[~explorer]), "reward_answer": mean(answers),
                 "groups_all_fail": mean(rewards.amax(1) == 0), "groups_all_pass": mean(rewards.amin(1) == 1), **metrics,
                 "length": mean(rollouts.lengths), "length_explorer": mean(rollouts.lengths[explorer]),
                 "length_learner": mean(rollouts.lengths[~explorer]), "truncated": mean(~rollouts.finished),
@@ -291,8 +293,9 @@ class Run:
         if self.eval_problems and (last or (args.eval_every and step % args.eval_every == 0)):
             line |= self.evaluate(self.learner, "learner after" if last else None)
             with open(self.out / "rollouts.txt", "a") as file:
-                for who, r, text in zip(explorer[0].tolist(), rewards[0].tolist(), texts[0]):
-                    file.write(f"step {step}, {'explorer' if who else 'learner'}, reward {r:g}: {problems[0].question} {text}\n")
+                for by_explorer, r, text in zip(explorer[0].tolist(), rewards[0].tolist(), texts[0]):
+                    author = "explorer" if by_explorer else "learner"
+                    file.write(f"step {step}, {author}, reward {r:g}: {problems[0].question} {text}\n")
         self.write(line)
         self.bar.set_postfix(reward=f"{line['reward']:.2f}", explorer=f"{share:.0%}")
         if line["truncated"] > 0.5 and not self.warned:
@@ -314,7 +317,8 @@ class Run:
               "curve.png, metrics.jsonl, rollouts.txt, learner/ (a Hugging Face directory)")
         again = shlex.join(word for word in sys.argv[1:] if word != "--resume")
         if self.interrupted:
-            print(f"stopped by Ctrl-C; go on with: python train.py {again} {'' if '--out' in again else f'--out {self.out} '}--resume")
+            again += "" if "--out" in again else f" --out {self.out}"
+            print(f"stopped by Ctrl-C; go on with: python train.py {again} --resume")
         elif self.args.explorer == "none":
             print("try next: the same with an explorer (without --explorer none)")
         else:

@@ -24,7 +24,7 @@ import reward
 # the explorer too small for that and just large enough to execute what it writes.
 SIZES = {"habit": {"explorer": (32, 2), "learner": (64, 3)},
          "natural": {"explorer": (48, 2), "learner": (96, 3)}}
-CORPUS = {"habit": (12_000, 10), "natural": (6_144, 22)}  # worked solutions, epochs
+CORPUS = {"habit": (12_000, 10), "natural": (12_000, 11)}  # worked solutions, epochs
 LR, BATCH = 3e-3, 64
 EOS = "<eos>"
 ALPHABET = sorted(set("0123456789+-~*=ABCD" + reward.TOPICS))
@@ -34,7 +34,8 @@ def make_tokenizer(directory):
     """A character-level tokenizer in the ordinary tokenizer.json format (a BPE without merges), no BOS, pad = EOS."""
     from transformers import PreTrainedTokenizerFast
     vocabulary = {token: i for i, token in enumerate([EOS, *ALPHABET])}
-    eos = {"id": 0, "content": EOS, "special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    eos = {"id": 0, "content": EOS, "special": True, "single_word": False, "lstrip": False, "rstrip": False,
+           "normalized": False}
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "tokenizer.json").write_text(json.dumps({
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": [eos], "normalizer": None,
@@ -47,8 +48,9 @@ def new_model(width, layers, tokenizer, generator):
     hf = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "vocab_size": len(tokenizer),
           "hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": layers,
           "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": width // 4, "hidden_act": "silu",
-          "rms_norm_eps": 1e-6, "max_position_embeddings": 64, "rope_parameters": {"rope_theta": 1e4, "rope_type": "default"},
-          "tie_word_embeddings": True, "attention_bias": False, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
+          "rms_norm_eps": 1e-6, "max_position_embeddings": 128, "tie_word_embeddings": True, "attention_bias": False,
+          "rope_parameters": {"rope_theta": 1e4, "rope_type": "default"},
+          "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
     model = models.Transformer(models.Config.from_hf(hf))
     for name, p in model.named_parameters():
         if p.dim() == 2:
@@ -60,13 +62,14 @@ def new_model(width, layers, tokenizer, generator):
 def pretrain(model, ids, prompt_lengths, lengths, epochs, generator, bar):
     """Next-token training, loss on the solution only. ids [N, L]; every row: prompt, solution, EOS, padding."""
     device = model.norm.weight.device
-    total, step = epochs * (len(ids) // BATCH), 0
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.01, betas=(0.9, 0.95), fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=LR, total_steps=total, pct_start=0.05)
+    steps_per_epoch = len(ids) // BATCH
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.01, betas=(0.9, 0.95),
+                                  fused=device.type != "mps")
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=LR, total_steps=epochs * steps_per_epoch, pct_start=0.05)
     columns = torch.arange(1, ids.shape[1])
     target_mask = (columns >= prompt_lengths[:, None]) & (columns < lengths[:, None])
     for _ in range(epochs):
-        for rows in torch.randperm(len(ids), generator=generator).split(BATCH)[:total // epochs]:
+        for rows in torch.randperm(len(ids), generator=generator).split(BATCH)[:steps_per_epoch]:
             batch, mask = ids[rows].to(device), target_mask[rows].to(device)
             hidden = model(batch[:, :-1])[mask]  # [B, L-1, D] -> [tokens, D]
             loss = F.cross_entropy(hidden @ model.head.T, batch[:, 1:][mask])
@@ -97,7 +100,8 @@ def make_family(out, task="habit", seed=0, noise=0.01, sizes=None, corpus_size=N
         generator = torch.Generator().manual_seed(seed)
         model = new_model(width, layers, tokenizer, generator).to(device)
         size = sum(p.numel() for p in model.parameters())
-        with tqdm(total=epochs * (corpus_size // BATCH), desc=f"pretraining {name}, {size:,} parameters", dynamic_ncols=True) as bar:
+        steps = epochs * (corpus_size // BATCH)
+        with tqdm(total=steps, desc=f"pretraining {name}, {size:,} parameters", dynamic_ncols=True) as bar:
             pretrain(model, ids, prompt_lengths, lengths, epochs, generator, bar)
         models.save(model, tokenizer, partial / name)
     used = {question for question, _ in corpus}
@@ -109,3 +113,24 @@ def make_family(out, task="habit", seed=0, noise=0.01, sizes=None, corpus_size=N
     (partial / "family.json").write_text(json.dumps(settings, indent=2))
     (partial / "tokenizer.json").unlink()
     os.replace(partial, out)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Pretrain an explorer and a learner on one synthetic corpus.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--task", choices=reward.TASKS, default="habit", help="reward.py describes them")
+    add("--out", required=True, help="directory to make")
+    add("--seed", type=int, default=0, help="of the corpus (and its table of habits), the weights and the problems")
+    add("--noise", type=float, default=0.01, help="habit: share of writers who choose at random; less is a stronger habit")
+    add("--device", default="auto", help="auto: cuda, then mps, then cpu")
+    args = parser.parse_args()
+    if Path(args.out).exists():
+        print(f"family.py: error: {args.out} is there already", file=sys.stderr)
+        sys.exit(2)
+    make_family(args.out, args.task, args.seed, args.noise, device=models.pick_device(args.device))
+    print(f"made {args.out}")
+
+
+if __name__ == "__main__":
+    main()
