@@ -51,6 +51,8 @@ def main():
                         help="; ".join(f"{name}: {meaning}" for name, meaning in SCHEDULES.items()))
     parser.add_argument("--explorer-share", type=float, default=0.5, help="the share of --schedule constant")
     args = parser.parse_args()
+    if not (args.steps >= args.mix_steps >= 1 <= args.group_size and 0 <= args.explorer_share <= 1):
+        parser.error("--mix-steps lies between 1 and --steps, --group-size starts at 1, --explorer-share lies in [0, 1]")
     print(" step   alpha  explorer  learner")
     total = 0
     for step in range(1, args.steps + 1):

@@ -133,8 +133,8 @@ def main():
     args = parser.parse_args()
     try:
         ks = [int(k) for k in args.k.split(",")] if args.k else powers_of_two(args.n)
-        if not all(1 <= k <= args.n for k in ks):
-            raise ValueError(f"--k must lie between 1 and --n, which is {args.n}")
+        if not ks or not all(1 <= k <= args.n for k in ks) or args.problems < 0:
+            raise ValueError("--n must be at least 1, every --k between 1 and --n, and --problems at least 0")
         problems = reward.load_problems(args.data)[:args.problems or None]
         results = {name: evaluate_with_progress(args, name, problems) for name in args.model}
     except (ValueError, OSError) as error:

@@ -7,8 +7,9 @@ For a prompt, G responses o_1..o_G with rewards r_1..r_G (in S2L-PO some of them
     L_it     = -min(ratio * A_i, clip(ratio, 1 - eps_low, 1 + eps_high) * A_i) + beta * KL(pi_theta || pi_ref)
     loss     = sum_it weight_it * L_it                                      weight: see token_weights
 
-Why a group: the mean reward of a prompt's own rollouts is the baseline, so no value network is needed. Why the loss is
-0 at the first update: every ratio is 1 and the advantages of a group sum to 0; its gradient is REINFORCE's and is not 0.
+Why a group: the mean reward of a prompt's own rollouts is the baseline, so no value network is needed. Why the loss is 0
+at a step's first update (with the default loss): every ratio is 1, every row has the same weight, and the advantages of a
+group sum to 0. Its gradient is REINFORCE's and is not 0.
 
 From the first line of a group's rewards to the optimiser's step: `group_advantages`, then `update`.
 
@@ -31,7 +32,7 @@ def group_advantages(rewards, scale=True):
     ValueError if G < 2: one rollout is its own baseline."""
     if rewards.shape[1] < 2:
         raise ValueError("a group needs at least 2 rollouts: with one, the reward minus the group's mean is always 0")
-    centred = rewards - rewards.mean(1, keepdim=True)
+    centred = rewards - rewards.mean(1, keepdim=True)  # [P, G] - [P, 1]
     if scale:
         centred = centred / (rewards.std(1, keepdim=True) + 1e-6)
     informative = rewards.max(1, keepdim=True).values > rewards.min(1, keepdim=True).values
@@ -54,46 +55,47 @@ def token_weights(mask, loss, max_new_tokens):
     return mask / (len(mask) * mask.sum(1, keepdim=True).clamp(min=1))
 
 
-def explorer_treatment(choice, learner_logps, sampler_logps, explorer):
-    """(old log-probs, loss weight), both [N, T]: what stands in the ratio's denominator for tokens of the explorer.
-
-    learner_logps: of the learner at the start of the step. sampler_logps: of whoever drew the token. explorer: [N] bool.
+def off_policy_correction(choice, learner_logps, sampler_logps, from_explorer):
+    """(old log-probs, importance weights), both [N, T]: what stands in the ratio's denominator, and how much each token
+    of the explorer counts. learner_logps are the learner's at the start of the step, sampler_logps those of whoever drew
+    the token (elsewhere called old and rollout log-probs); from_explorer [N] says which rows are the explorer's.
 
         recompute  the learner's own, as if it had written the tokens: every ratio starts at 1 and the clip limits the
                    drift within the step. The paper's choice: biased, and stable.
-        behaviour  the explorer's: an importance ratio against the policy that really drew the token. Unbiased per
-                   token, but far from 1 from the start, so the clip stops most of the tokens that matter.
-        truncated  recompute, with each token's loss times min(pi_learner / pi_explorer, 2): tokens that the learner
-                   would hardly have drawn count less.
+        behaviour  the explorer's: an importance ratio against the policy that drew the token. It corrects each token
+                   given its prefix (not the prefix), but starts far from 1, where the clip stops much of the gradient.
+        truncated  recompute, each token times min(pi_learner / pi_explorer, 2), truncated importance sampling: tokens
+                   that the learner would hardly have drawn count less.
     """
-    rows = explorer[:, None]
-    old = torch.where(rows, sampler_logps, learner_logps) if choice == "behaviour" else learner_logps
-    weight = torch.ones_like(old)
+    off_policy = from_explorer[:, None]  # [N] -> [N, 1]
+    old_logps, weights = learner_logps, torch.ones_like(learner_logps)
+    if choice == "behaviour":
+        old_logps = torch.where(off_policy, sampler_logps, learner_logps)
     if choice == "truncated":
-        weight = torch.where(rows, (learner_logps - sampler_logps).exp().clamp(max=2.0), weight)
-    return old, weight
+        weights = torch.where(off_policy, (learner_logps - sampler_logps).exp().clamp(max=2.0), weights)
+    return old_logps, weights
 
 
-def policy_loss(logps, old_logps, advantages, weights, clip_low=0.2, clip_high=0.2, sequence_ratio=False):
-    """(loss, ratio, clipped): the clipped surrogate of logps [N, T] with advantages [N] and token weights [N, T] (0
-    where there is no token). Ratio and clipped are [N, T], without gradient, for the metrics.
+def policy_loss(logps, old_logps, advantages, weights, mask, clip_low=0.2, clip_high=0.2, sequence_ratio=False):
+    """(loss, ratio, clipped): the clipped surrogate of logps [N, T] with advantages [N] and weights [N, T], over the
+    tokens in mask [N, T]. Ratio and clipped are [N, T], without gradient, for the metrics.
 
     The clip removes the gradient only where the step has already gone far enough the right way: ratio > 1 + clip_high
     with A > 0, ratio < 1 - clip_low with A < 0. sequence_ratio (GSPO): one ratio per row, the geometric mean of its
     tokens' ratios."""
-    log_ratio = (logps - old_logps).masked_fill(weights == 0, 0.0)
+    log_ratio = (logps - old_logps).masked_fill(~mask, 0.0)
     if sequence_ratio:
-        tokens = (weights != 0).sum(1, keepdim=True).clamp(min=1)
-        log_ratio = (log_ratio.sum(1, keepdim=True) / tokens).expand_as(logps)  # [N, T] -> [N, 1] -> [N, T]
+        log_ratio = log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)  # [N, T] -> [N, 1]
+        log_ratio = log_ratio.expand_as(logps)
     ratio = log_ratio.exp()
     A = advantages[:, None]  # [N] -> [N, 1]
-    surrogate = torch.minimum(ratio * A, ratio.clamp(1 - clip_low, 1 + clip_high) * A)
+    surrogate = torch.minimum(ratio * A, ratio.clamp(1 - clip_low, 1 + clip_high) * A)  # [N, T]
     with torch.no_grad():
         clipped = ((A > 0) & (ratio > 1 + clip_high)) | ((A < 0) & (ratio < 1 - clip_low))
     return -(weights * surrogate).sum(), ratio.detach(), clipped
 
 
-def kl_penalty(logps, ref_logps, weights, estimator="k3"):
+def kl_penalty(logps, ref_logps, weights, mask, estimator="k3"):
     """Estimate of KL(pi_theta || pi_ref) [scalar] from tokens of pi_theta. With x = log pi_ref - log pi_theta:
 
         k1  -x            unbiased value; as a loss its expected gradient is 0, so it does not hold the policy back
@@ -102,7 +104,7 @@ def kl_penalty(logps, ref_logps, weights, estimator="k3"):
 
     Equal near pi_ref, where the penalty is used. On explorer tokens none of them is an estimate of the KL: the tokens
     are not drawn from pi_theta; the penalty still pulls towards pi_ref there."""
-    x = (ref_logps - logps).masked_fill(weights == 0, 0.0)
+    x = (ref_logps - logps).masked_fill(~mask, 0.0)
     k = {"k1": -x, "k2": x.square() / 2, "k3": x.exp() - 1 - x}[estimator]
     return (weights * k).sum()
 
@@ -117,7 +119,7 @@ def response_logprobs(model, prompts, ids, mask, temperature=1.0):
     positions = torch.arange(tokens.shape[1] - 1, device=ids.device)
     first = torch.tensor([len(prompt) - 1 for prompt in prompts], device=ids.device)[:, None]
     predicts = (positions >= first) & (positions < first + mask.sum(1, keepdim=True))  # [N, L-1]
-    hidden = model(tokens[:, :-1])[predicts]  # [N, L-1, D] -> [response tokens, D]
+    hidden = model(tokens[:, :-1])[predicts]  # [N, L-1, D] -> [response tokens, D], row by row
     logps, entropies = fused_logprobs(hidden, model.head, tokens[:, 1:][predicts], temperature)
     blank = torch.zeros(mask.shape, device=ids.device)
     return blank.masked_scatter(mask, logps), blank.masked_scatter(mask, entropies)
@@ -126,54 +128,48 @@ def response_logprobs(model, prompts, ids, mask, temperature=1.0):
 def update(args, learner, reference, optimizer, prompts, rollouts, advantages, generator):
     """One GRPO update of `args.minibatches` optimiser steps on a step's rollouts (P prompts, class Rollouts) with
     advantages [P, G]. `reference` is the KL's frozen policy or None. Returns the metrics of README's glossary."""
-    P, G, T = rollouts.ids.shape
-    ids, mask, sampler_logps, explorer = (
-        x.flatten(0, 1) for x in (rollouts.ids, rollouts.mask, rollouts.logps, rollouts.explorer))  # [P, G, ..] -> [N, ..]
-    A, N, device = advantages.flatten(), P * G, ids.device
-    row_prompts = [prompt for prompt in prompts for _ in range(G)]
+    P, G, _ = rollouts.ids.shape
+    ids, mask, sampler_logps, from_explorer, A = (x.flatten(0, 1) for x in (  # [P, G, ...] -> [N, ...]
+        rollouts.ids, rollouts.mask, rollouts.logps, rollouts.from_explorer, advantages))
+    row_prompts, device = [prompt for prompt in prompts for _ in range(G)], ids.device
 
     def logprobs(model, rows):
         return response_logprobs(model, [row_prompts[i] for i in rows.tolist()], ids[rows], mask[rows], args.temperature)
 
     @torch.no_grad()
     def frozen_logprobs(model):
-        return torch.cat([logprobs(model, rows)[0] for rows in torch.arange(N, device=device).split(args.micro_batch)])
+        return torch.cat([logprobs(model, rows)[0] for rows in torch.arange(P * G, device=device).split(args.micro_batch)])
 
-    start_logps = frozen_logprobs(learner)  # pi_old: the learner before this step's first update, [N, T]
+    learner_logps = frozen_logprobs(learner)  # pi_old: the learner before this step's first update, [N, T]
     reference_logps = frozen_logprobs(reference) if reference else None
-    old_logps, treatment = explorer_treatment(args.explorer_ratio, start_logps, sampler_logps, explorer)
+    old_logps, importance = off_policy_correction(args.explorer_ratio, learner_logps, sampler_logps, from_explorer)
 
-    ratio, clipped, entropy = (torch.zeros(N, T, device=device) for _ in range(3))
-    losses, kls, grad_norms = [], [], []
-    for groups in torch.randperm(P, generator=generator).to(device).chunk(args.minibatches):
-        rows = (groups[:, None] * G + torch.arange(G, device=device)).flatten()  # whole groups: [P/m, G] -> [rows]
-        weights = token_weights(mask[rows], args.loss, args.max_new_tokens)
-        losses.append(0.0)
-        kls.append(0.0)
-        for micro in torch.arange(len(rows), device=device).split(args.micro_batch):
-            r, w = rows[micro], weights[micro]
-            logps, H = logprobs(learner, r)
-            loss, ratio[r], clip = policy_loss(logps, old_logps[r], A[r], w * treatment[r], args.clip_low,
-                                               args.clip_high, sequence_ratio=args.loss == "gspo")
+    losses, kls, grad_norms, parts = [], [], [], []
+    for groups in torch.randperm(P, generator=generator).to(device).tensor_split(args.minibatches):
+        minibatch = (groups[:, None] * G + torch.arange(G, device=device)).flatten()  # whole groups: [P/m, G] -> [rows]
+        all_weights = token_weights(mask[minibatch], args.loss, args.max_new_tokens)
+        for rows, weights in zip(minibatch.split(args.micro_batch), all_weights.split(args.micro_batch)):
+            logps, entropies = logprobs(learner, rows)
+            loss, ratio, clipped = policy_loss(logps, old_logps[rows], A[rows], weights * importance[rows], mask[rows],
+                                               args.clip_low, args.clip_high, sequence_ratio=args.loss == "gspo")
             if reference:
-                kl = kl_penalty(logps, reference_logps[r], w, args.kl_estimator)
+                kl = kl_penalty(logps, reference_logps[rows], weights, mask[rows], args.kl_estimator)
                 loss = loss + args.kl_coef * kl
-                kls[-1] += kl.item()
+                kls.append(kl.item())
             loss.backward()
-            losses[-1] += loss.item()
-            entropy[r], clipped[r] = H.detach(), clip.float()
+            optimizer.accumulate()
+            losses.append(loss.item())
+            parts.append((rows, ratio, clipped.float(), entropies.detach()))
         grad_norms.append(optimizer.step(args.max_grad_norm))
 
-    def mean(x, rows):
-        chosen = x[mask & rows[:, None]]
-        return chosen.mean().item() if len(chosen) else None
-
-    metrics = {"loss": float(np.mean(losses)), "kl": float(np.mean(kls)) if reference else None,
+    order, ratio, clipped, entropies = map(torch.cat, zip(*parts))  # every row once, in the order it was trained on
+    per_token = {"ratio": ratio, "clip_fraction": clipped, "entropy": entropies,
+                 "logp_gap": (learner_logps - sampler_logps).abs()[order]}
+    metrics = {"loss": sum(losses) / args.minibatches, "kl": sum(kls) / args.minibatches if reference else None,
                "grad_norm": float(np.mean(grad_norms)), "skipped_updates": int(np.sum(~np.isfinite(grad_norms)))}
-    gap = (start_logps - sampler_logps).abs()
-    for name, rows in (("", torch.ones_like(explorer)), ("_explorer", explorer), ("_learner", ~explorer)):
-        metrics |= {f"ratio{name}": mean(ratio, rows), f"clip_fraction{name}": mean(clipped, rows),
-                    f"logp_gap{name}": mean(gap, rows), f"entropy{name}": mean(entropy, rows)}
+    for suffix, which in (("", torch.ones_like(from_explorer)), ("_explorer", from_explorer), ("_learner", ~from_explorer)):
+        chosen = (mask & which[:, None])[order]
+        metrics |= {name + suffix: x[chosen].mean().item() if chosen.any() else None for name, x in per_token.items()}
     return metrics
 
 
@@ -186,19 +182,21 @@ class Optimizer:
         self.masters = [w if w.dtype == torch.float32 else w.detach().float() for w in self.weights]
         self.adamw = torch.optim.AdamW(self.masters, lr=lr, weight_decay=0.0, fused=self.weights[0].device.type != "mps")
 
-    @torch.no_grad()
-    def step(self, max_norm):
-        """One update from the weights' gradients, which it clears. Returns the gradient's norm before it is scaled
-        down to max_norm; where that is not finite, nothing is updated."""
+    def accumulate(self):
+        """Moves the weights' gradients of one micro-batch to their masters, where they are summed in float32."""
         for master, weight in zip(self.masters, self.weights):
-            if master is not weight:
-                master.grad = weight.grad.float()
+            if master is not weight and weight.grad is not None:
+                gradient, weight.grad = weight.grad.float(), None
+                master.grad = gradient if master.grad is None else master.grad + gradient
+
+    def step(self, max_norm):
+        """One update from the accumulated gradients, which it clears. Returns the gradient's norm before it is scaled
+        down to max_norm; where that is not finite, nothing is updated."""
         norm = torch.nn.utils.clip_grad_norm_(self.masters, max_norm).item()
         if np.isfinite(norm):
             self.adamw.step()
             self.copy_masters()
-        for tensor in (*self.masters, *self.weights):
-            tensor.grad = None
+        self.adamw.zero_grad()
         return norm
 
     @torch.no_grad()

@@ -14,7 +14,6 @@ Shapes: B rows, T tokens, D hidden, H query heads, K key/value heads, h head siz
 import functools
 import json
 import os
-import shutil
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -212,7 +211,7 @@ class Transformer(nn.Module):
 def naive_logprobs(hidden, weight, targets, temperature=1.0):
     """log softmax(hidden @ weight.T / temperature)[target]: [N, D], [V, D], [N] -> [N]. The reference: three lines
     that hold the [N, V] array several times over, usually the largest thing in an RL trainer's memory."""
-    logits = (hidden @ weight.T).float() / temperature  # [N, D] @ [D, V] -> [N, V]; softmax needs fp32 (trap: bf16)
+    logits = (hidden @ weight.T).float() / temperature  # [N, D] @ [D, V] -> [N, V]; in fp32: bf16 is off by up to 0.06
     return logits.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
 
 
@@ -238,10 +237,17 @@ def _chunk_grad(hidden, weight, local, inverse_temperature, lse, grad):
 
 @functools.cache
 def _compiled(function):
-    if not any(map(shutil.which, ("g++", "clang++", "cl"))):
-        warnings.warn("no C++ compiler on this machine: the log-prob kernel runs uncompiled, correct but slower")
-        return function
-    return torch.compile(function, dynamic=True)
+    """torch.compile(function); where that fails, for want of a C++ compiler say, `function` itself and one warning."""
+    chosen = [torch.compile(function, dynamic=True)]
+
+    def run(*inputs):
+        try:
+            return chosen[0](*inputs)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            warnings.warn(f"the log-prob kernel runs uncompiled, correct but slower: {str(error).splitlines()[0]}")
+            chosen[0] = function
+            return function(*inputs)
+    return run
 
 
 class _FusedLogProb(torch.autograd.Function):
@@ -284,16 +290,20 @@ class _FusedLogProb(torch.autograd.Function):
 def fused_logprobs(hidden, weight, targets, temperature=1.0, chunk=1024):
     """(log pi(target), entropy), each [N] in fp32, of hidden [N, D], weight [V, D], targets [N].
 
-    Equals `naive_logprobs` in value and in gradient, with memory that does not grow with V. The entropy is that of
-    the tempered distribution and carries no gradient (S2L-PO's entropy coefficient is 0: it is a metric)."""
+    Equals `naive_logprobs` in value and in gradient; beyond the gradient itself its memory does not grow with V. The
+    entropy is that of the tempered distribution and carries no gradient (the paper's entropy coefficient is 0)."""
     return _FusedLogProb.apply(hidden, weight, targets, temperature, chunk)
 
 
 def pick_device(name):
-    """`auto` takes CUDA, then Apple's MPS, then the CPU."""
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    """`auto` takes CUDA, then Apple's MPS, then the CPU. ValueError for a device that is not there."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
+    return name
 
 
 # ---- checkpoints: ordinary Hugging Face directories ---------------------------------------------------------------
@@ -362,11 +372,13 @@ def load(source, device="cpu", dtype=torch.float32):
     """(model, tokenizer) from a Hugging Face directory or hub name. Weights are held once, plus one tensor.
     ValueError: a file is missing or broken, or the architecture is not implemented."""
     from transformers import AutoTokenizer  # 1.6 s to import, so only where a checkpoint is read
-    hf = json.loads(Path(find_file(source, "config.json")).read_text())
     try:
+        hf = json.loads(Path(find_file(source, "config.json")).read_text())
         config = Config.from_hf(hf)
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"{source}/config.json: {error}") from None
+    except KeyError as error:
+        raise ValueError(f"{source}: config.json has no {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
     with torch.device("meta"):  # shapes only; load_state_dict(assign=True) puts the tensors in
         model = Transformer(config)
     index = find_file(source, "model.safetensors.index.json", required=False)
@@ -381,8 +393,11 @@ def load(source, device="cpu", dtype=torch.float32):
         model.load_state_dict(tensors, assign=True)
     except RuntimeError as error:
         raise ValueError(f"{source}: weights and config.json disagree: {' '.join(str(error).split())[:300]}") from None
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    model.num_tokens = min(len(tokenizer), config.vocab_size)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model.num_tokens = min(1 + max(tokenizer.get_vocab().values()), config.vocab_size)
+    except Exception as error:  # the libraries below raise whatever they like, down to plain Exception
+        raise ValueError(f"{source}: no tokeniser can be read here: {' '.join(str(error).split())[:200]}") from None
     generation = find_file(source, "generation_config.json", required=False)
     stops = json.loads(Path(generation).read_text()).get("eos_token_id") if generation else None
     stops = stops if isinstance(stops, list) else [stops]

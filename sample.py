@@ -28,7 +28,7 @@ class Rollouts:
     lengths: torch.Tensor   # [P, G]    number of tokens, the stop token counted
     logps: torch.Tensor     # [P, G, T] log-prob of each token under its sampler's distribution; 0 where padded
     finished: torch.Tensor  # [P, G]    True: drew a stop token; False: cut at max_new_tokens
-    explorer: torch.Tensor  # [P, G]    True where the explorer wrote it
+    from_explorer: torch.Tensor  # [P, G] True where the explorer wrote it
 
     @property
     def mask(self):
@@ -56,14 +56,14 @@ def draw(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
     logits = logits / temperature
     if 0 < top_k < logits.shape[-1]:
         kth = logits.topk(top_k).values[:, -1:]  # [R, 1]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
+        logits = logits.masked_fill(logits < kth, -torch.inf)  # [R, V]
     if top_p < 1:  # keep the smallest set of likeliest tokens whose mass reaches top_p
-        p, order = logits.softmax(-1).sort(descending=True)
+        p, order = logits.softmax(-1).sort(descending=True)  # [R, V] each
         outside = p.cumsum(-1) - p >= top_p  # [R, V] in order of likelihood
         logits = logits.masked_fill(torch.empty_like(outside).scatter_(1, order, outside), -torch.inf)
     logps = logits.log_softmax(-1)
-    cdf = logps.exp().cumsum(-1)
-    total = cdf[:, -1:]
+    cdf = logps.exp().cumsum(-1)  # [R, V]
+    total = cdf[:, -1:]  # [R, 1]
     target = uniform[:, None].clamp(max=1 - 2 ** -22) * total  # strictly below total, also after rounding
     token = torch.searchsorted(cdf, target, right=True)  # first id with cdf > target, so never one of probability 0
     return token.squeeze(1), logps.gather(1, token).squeeze(1)
@@ -71,11 +71,14 @@ def draw(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
 
 @torch.no_grad()
 def sample(model, prompts, n, generator, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, presence_penalty=0.0,
-           rows=1024, explorer=False):
-    """Rollouts of `n` responses to each prompt (a list of id lists), at most `rows` rows in memory at once.
+           rows=1024, from_explorer=False):
+    """Rollouts of `n` responses to each prompt (a list of id lists), about `rows` rows at once (groups are not split).
 
     `generator` is a CPU torch.Generator: the same one gives the same uniform numbers on every device.
-    ValueError if a prompt and max_new_tokens do not fit the model's context."""
+    ValueError for settings out of range, and if a prompt and max_new_tokens do not fit the model's context."""
+    if n < 1 or max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
+        raise ValueError(f"cannot sample n={n}, max_new_tokens={max_new_tokens}, temperature={temperature}, top_k={top_k}, "
+                         f"top_p={top_p}: n and max_new_tokens start at 1, the others at 0, top_p lies in (0, 1]")
     check_lengths(model, prompts, max_new_tokens)
     uniform = torch.rand(len(prompts), n, max_new_tokens, generator=generator)
     settings = (max_new_tokens, temperature, top_k, top_p, presence_penalty)
@@ -83,7 +86,7 @@ def sample(model, prompts, n, generator, max_new_tokens, temperature=1.0, top_k=
     parts = [_sample_batch(model, prompts[i:i + at_once], uniform[i:i + at_once], *settings)
              for i in range(0, len(prompts), at_once)]
     ids, lengths, logps, finished = (torch.cat(part) for part in zip(*parts))
-    return Rollouts(ids, lengths, logps, finished, torch.full_like(finished, explorer))
+    return Rollouts(ids, lengths, logps, finished, torch.full_like(finished, from_explorer))
 
 
 def _sample_batch(model, prompts, uniform, max_new_tokens, temperature, top_k, top_p, presence_penalty):
@@ -127,7 +130,7 @@ def _sample_batch(model, prompts, uniform, max_new_tokens, temperature, top_k, t
             active, token = active[keep], token[keep]
             cache.select(keep, slots=longest + T - 1)
         last = model(token[:, None], cache)[:, 0]  # [R, 1, D] -> [R, D]
-        cache.lengths += 1
+        cache.lengths += 1  # of finished rows too, until they leave: what they compute is thrown away
     return tuple(x.unflatten(0, (P, G)) for x in (ids, lengths, logps, finished))
 
 

@@ -106,6 +106,21 @@ def test_logits_equal_transformers_both_ways(kind, tie, tmp_path):
         assert (back(ids).logits - expected).abs().max() < 1e-4
 
 
+def test_traps_1_27_load_knows_the_vocabulary_and_every_stop_id(tmp_path):
+    _, directory = hf_pair("qwen3", tmp_path)
+    (directory / "generation_config.json").write_text('{"eos_token_id": [3, 5]}')
+    model, tokenizer = models.load(directory)
+    assert model.stop_ids == (0, 3, 5)  # generation_config's and the tokeniser's
+    assert model.num_tokens == len(tokenizer) == len(model.head) < model.config.vocab_size == 64
+
+
+def test_masked_cache_slots_do_no_harm(monkeypatch):
+    """A masked slot enters attention as 0 * value; a cache that is not zeroed would turn that into NaN."""
+    monkeypatch.setattr(torch, "empty", lambda *shape, **kw: torch.full(shape[0] if len(shape) == 1 else shape, torch.nan, **kw))
+    r = sampling.sample(tiny_model(scale=0.2), [[5, 6], [7, 8, 9, 10, 11, 3, 2]], 4, seeded(), 8)
+    assert torch.isfinite(r.logps).all()
+
+
 def test_sharded_checkpoint_loads(tmp_path):
     theirs, directory = hf_pair("llama", tmp_path)
     whole = models.read_safetensors(directory / "model.safetensors")
@@ -274,6 +289,12 @@ def test_presence_penalty_counts_what_was_written():
     assert len(set(free.ids[0, 0].tolist())) < 20 and len(set(penalised.ids[0, 0].tolist())) == 20
 
 
+@pytest.mark.parametrize("settings", [{"n": 0}, {"max_new_tokens": 0}, {"temperature": -1}, {"top_p": 0}, {"top_p": 1.1}, {"top_k": -1}])
+def test_sampling_settings_out_of_range_are_refused(settings):
+    with pytest.raises(ValueError, match="cannot sample"):
+        sampling.sample(tiny_model(), [[5]], **{"n": 1, "generator": seeded(), "max_new_tokens": 2} | settings)
+
+
 def test_trap_19_the_next_rollout_sees_updated_weights():
     model, fresh = tiny_model(seed=0), tiny_model(seed=1)
     settings = dict(prompts=[[5, 6], [7]], n=4, max_new_tokens=12)
@@ -305,10 +326,10 @@ def test_trap_27_vocabulary_padding_is_never_sampled_nor_normalised_over():
 def test_trap_10_groups_are_kept_by_place_not_by_prompt():
     """Duplicate prompts stay separate groups, and mixing keeps every group's rows together."""
     model, prompts = tiny_model(), [[5, 6], [7], [5, 6]]
-    a = sampling.sample(model, prompts, 2, seeded(), 5, explorer=True)
+    a = sampling.sample(model, prompts, 2, seeded(), 5, from_explorer=True)
     b = sampling.sample(model, prompts, 3, seeded(1), 9)
     both = sampling.mix(a, b)
-    assert both.ids.shape == (3, 5, 9) and both.explorer.tolist() == [[True, True, False, False, False]] * 3
+    assert both.ids.shape == (3, 5, 9) and both.from_explorer.tolist() == [[True, True, False, False, False]] * 3
     assert torch.equal(both.ids[:, :2, :5], a.ids) and torch.equal(both.ids[:, 2:], b.ids) and not both.mask[:, :2, 5:].any()
     assert not torch.equal(b.ids[0], b.ids[2])  # the same prompt twice: two groups of their own
     assert sampling.mix(None, b) is b and sampling.mix(a, None) is a
@@ -405,11 +426,14 @@ def test_trap_3_logprobs_are_not_shifted():
     assert torch.isclose(entropies[1, 0], -(table[2] * table[2].log()).sum()) and entropies[1, 1] == 0
 
 
+ONE = torch.ones(1, 1, dtype=torch.bool)
+
+
 def test_trap_14_the_clip_has_the_right_sign():
     """Gradient of the loss by the log-prob: -A * ratio where it counts, 0 only where the step has gone far enough."""
     for A, ratio, passes in ((1, 0.5, True), (1, 1.0, True), (1, 1.5, False), (-1, 0.5, False), (-1, 1.0, True), (-1, 1.5, True)):
         logps = torch.tensor([[math.log(ratio)]], requires_grad=True)
-        loss, got, clipped = grpo.policy_loss(logps, torch.zeros(1, 1), torch.tensor([float(A)]), torch.ones(1, 1))
+        loss, got, clipped = grpo.policy_loss(logps, torch.zeros(1, 1), torch.tensor([float(A)]), torch.ones(1, 1), ONE)
         loss.backward()
         assert math.isclose(logps.grad.item(), -A * ratio if passes else 0.0, abs_tol=1e-6)
         assert clipped.item() == (not passes) and math.isclose(got.item(), ratio, rel_tol=1e-6)
@@ -418,7 +442,7 @@ def test_trap_14_the_clip_has_the_right_sign():
 def test_clip_higher_is_separate():
     for high, gradient in ((0.2, 0.0), (0.28, -1.25)):
         logps = torch.tensor([[math.log(1.25)]], requires_grad=True)
-        grpo.policy_loss(logps, torch.zeros(1, 1), torch.ones(1), torch.ones(1, 1), 0.2, high)[0].backward()
+        grpo.policy_loss(logps, torch.zeros(1, 1), torch.ones(1), torch.ones(1, 1), ONE, 0.2, high)[0].backward()
         assert math.isclose(logps.grad.item(), gradient, rel_tol=1e-5)
 
 
@@ -432,9 +456,9 @@ def random_rows(lengths=(3, 6, 1, 4), seed=0):
 def test_trap_15_token_ratios_unless_gspo():
     logps, old, A, mask = random_rows()
     weights = grpo.token_weights(mask, "grpo", 6)
-    _, ratio, _ = grpo.policy_loss(logps, old, A, weights)
+    _, ratio, _ = grpo.policy_loss(logps, old, A, weights, mask)
     assert ratio.shape == mask.shape and torch.allclose(ratio[mask], (logps - old).exp()[mask])
-    _, ratio, _ = grpo.policy_loss(logps, old, A, weights, sequence_ratio=True)
+    _, ratio, _ = grpo.policy_loss(logps, old, A, weights, mask, sequence_ratio=True)
     for row, valid, difference in zip(ratio, mask, logps - old):
         assert torch.allclose(row, difference[valid].mean().exp().expand_as(row))
 
@@ -443,7 +467,7 @@ def test_trap_17_loss_zero_at_ratio_one_still_has_reinforces_gradient():
     logps, _, _, mask = random_rows((4, 4, 4, 4))
     A = grpo.group_advantages(torch.tensor([[1.0, 0.0, 0.0, 1.0]])).flatten()
     weights = grpo.token_weights(mask, "grpo", 4)
-    loss, _, _ = grpo.policy_loss(logps, logps.detach(), A, weights)
+    loss, _, _ = grpo.policy_loss(logps, logps.detach(), A, weights, mask)
     gradient, = torch.autograd.grad(loss, logps)
     reinforce, = torch.autograd.grad(-(weights * A[:, None] * logps).sum(), logps)
     assert loss.abs() < 1e-6 and torch.allclose(gradient, reinforce) and gradient.abs().min() > 0.01
@@ -464,8 +488,8 @@ def test_traps_12_13_inputs_stay_and_an_empty_row_is_harmless():
     copies = [x.clone() for x in (logps, old, A, mask)]
     for loss in grpo.LOSSES:
         weights = grpo.token_weights(mask, loss, 6)
-        value, _, _ = grpo.policy_loss(logps, old, A, weights, sequence_ratio=loss == "gspo")
-        gradient, = torch.autograd.grad(value + grpo.kl_penalty(logps, old, weights), logps)
+        value, _, _ = grpo.policy_loss(logps, old, A, weights, mask, sequence_ratio=loss == "gspo")
+        gradient, = torch.autograd.grad(value + grpo.kl_penalty(logps, old, weights, mask), logps)
         assert torch.isfinite(value) and torch.isfinite(gradient).all() and not gradient[~mask].any() and gradient[mask].any()
         if loss == "dapo":
             assert torch.isclose(weights.sum(), torch.tensor(1.0)) and torch.isclose(1 / weights.max(), mask.sum().float())
@@ -479,24 +503,26 @@ def test_trap_16_gradients_of_the_kl_estimators():
     logits = torch.randn(6, generator=g, requires_grad=True)
     logp = logits.log_softmax(-1)
     p = logp.exp().detach()
-    expected = lambda k: torch.autograd.grad(grpo.kl_penalty(logp[None], ref[None], p[None], k), logits, retain_graph=True)[0]
+    every = torch.ones(1, 6, dtype=torch.bool)
+    estimate = lambda k: grpo.kl_penalty(logp[None], ref[None], p[None], every, k)
+    expected = lambda k: torch.autograd.grad(estimate(k), logits, retain_graph=True)[0]
     reverse, = torch.autograd.grad((logp.exp() * (logp - ref)).sum(), logits, retain_graph=True)
     forward, = torch.autograd.grad((ref.exp() * (ref - logp)).sum(), logits, retain_graph=True)
     assert expected("k1").abs().max() < 1e-6 < reverse.abs().max()
     assert torch.allclose(expected("k2"), reverse, atol=1e-6) and torch.allclose(expected("k3"), forward, atol=1e-6)
     assert not torch.allclose(reverse, forward, atol=1e-3)
     value = (p * (logp - ref)).sum()
-    assert all(torch.isclose(grpo.kl_penalty(logp[None], ref[None], p[None], k), value) for k in ("k1", "k3"))
+    assert all(torch.isclose(estimate(k), value) for k in ("k1", "k3"))
 
 
-def test_trap_26_treatment_of_explorer_tokens():
+def test_trap_26_what_divides_in_the_ratio_of_explorer_tokens():
     learner, sampler = torch.tensor([[-1.0, -2.0], [-1.0, -2.0]]), torch.tensor([[-3.0, -1.0], [-1.1, -2.1]])
     explorer = torch.tensor([True, False])
-    old, weight = grpo.explorer_treatment("recompute", learner, sampler, explorer)
+    old, weight = grpo.off_policy_correction("recompute", learner, sampler, explorer)
     assert torch.equal(old, learner) and (weight == 1).all()
-    old, weight = grpo.explorer_treatment("behaviour", learner, sampler, explorer)
+    old, weight = grpo.off_policy_correction("behaviour", learner, sampler, explorer)
     assert torch.equal(old[0], sampler[0]) and torch.equal(old[1], learner[1]) and (weight == 1).all()
-    old, weight = grpo.explorer_treatment("truncated", learner, sampler, explorer)
+    old, weight = grpo.off_policy_correction("truncated", learner, sampler, explorer)
     assert torch.equal(old, learner) and torch.allclose(weight, torch.tensor([[2.0, math.exp(-1)], [1.0, 1.0]]))
 
 
@@ -525,6 +551,7 @@ def test_traps_23_30_equality_of_answers(given, truth, equal):
 def test_hostile_text_neither_hangs_nor_raises():
     problem, n = reward.Problem("q", "1"), 200_000
     hostile = [part * n for part in (r"\boxed{", "{", "}", "\\", "####", "1,", "9", " ", "Answer:", "\\frac{", "-", "٣", "\0", "İ", "%", ".")]
+    hostile += ["1 " + "a" * n + "!", "1 " + "a " * n + "1", "1/" * n + "2"]
     hostile += [r"\boxed{" + text + "}" for text in hostile] + ["#### " + text for text in hostile]
     g = random.Random(0)
     hostile += ["".join(g.choices(["\\boxed{", "}", "{", "####", "answer:", "1", ",", ".", "/", "%", "$", "\\", " ", "\n", "-", "\ud800", "𝟙"], k=30)) for _ in range(20_000)]
@@ -591,7 +618,9 @@ def test_corpora_and_problems(task):
 @pytest.mark.parametrize("line, complaint", [
     ("{", "line 2: not valid JSON"), ("[1]", "line 2: needs the fields"), ('{"question": "q"}', "line 2: needs the fields"),
     ('{"question": 1, "answer": "2"}', "line 2: `question` must be text"), ('{"question": "q", "answer": null}', "line 2"),
-    ('{"question": "q", "answer": "1", "task": "chess"}', "line 2: unknown task 'chess'"), ("[" * 100_000, "line 2: not valid JSON")])
+    ('{"question": "q", "answer": "1", "task": "chess"}', "line 2: unknown task 'chess'"), ("[" * 100_000, "line 2: not valid JSON"),
+    ('{"question": "Bfa=", "answer": "1", "task": "habit"}', "line 2: 'Bfa=' is no question of task 'habit'"),
+    ('{"question": "3+=", "answer": "1", "task": "natural"}', "line 2: '3\\+=' is no question")])
 def test_a_broken_line_is_named(line, complaint, tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text('{"question": "q", "answer": "a #### 1,200"}\n' + line + "\n")
@@ -643,7 +672,7 @@ def flags(family, out, *more):
 def train_here(family, out, *more):
     """train.py's own path, in this process. Returns (run, its metrics)."""
     args = training.parse_args([str(flag) for flag in flags(family, out, *more)])
-    training.settle(args)
+    training.resolve_args(args)
     run = training.Run(args)
     training.train(args, run)
     run.finish(0)
@@ -664,7 +693,7 @@ def test_cli_two_steps_and_what_it_leaves(family, tmp_path):
     out = run_cli("train.py", *flags(family, tmp_path / "run", "--steps", 2, "--eval-every", 1))
     assert out.returncode == 0, out.stderr
     names = {path.name for path in (tmp_path / "run").iterdir()}
-    assert names == {"config.json", "metrics.jsonl", "pass_at_k.json", "rollouts.txt", "checkpoint.pt", "learner", "curve.png"}
+    assert names == {"config.json", "metrics.jsonl", "pass_at_k.json", "rollouts", "checkpoint.pt", "learner", "curve.png"}
     lines = read_metrics(tmp_path / "run")
     assert [line["step"] for line in lines] == [0, 1, 2] and all("eval_strict_pass@16" in line for line in lines)
     assert lines[1]["share"] == 1 and lines[1]["rollouts_explorer"] == 16 and lines[2]["rollouts_learner"] == 16
@@ -690,21 +719,26 @@ def test_a_family_is_made_whole_and_its_problems_are_apart(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["habit"]
 
 
-def test_trap_24_resume_equals_never_having_stopped(family, tmp_path):
-    straight, lines = train_here(family, tmp_path / "straight")
-    assert train_here(family, tmp_path / "again")[1] == lines  # the same seed, the same metrics to the last digit
+@pytest.mark.parametrize("more", [(), ("--dtype", "bfloat16", "--kl-coef", 0.1, "--lr", 1e-2)])
+def test_trap_24_resume_equals_never_having_stopped(more, family, tmp_path):
+    straight, lines = train_here(family, tmp_path / "straight", *more)
+    assert train_here(family, tmp_path / "again", *more)[1] == lines  # the same seed, the same metrics to the last digit
     assert all(line["grad_norm"] > 0 for line in lines[1:])  # and there was something to learn at every step
-    interrupted = training.parse_args([str(flag) for flag in flags(family, tmp_path / "resumed", "--save-every", 1)])
-    training.settle(interrupted)
+    interrupted = training.parse_args([str(flag) for flag in flags(family, tmp_path / "resumed", "--save-every", 1, *more)])
+    training.resolve_args(interrupted)
     run = training.Run(interrupted)
     record = run.record
     run.record = lambda step, *a, **k: (record(step, *a, **k), setattr(run, "interrupted", step == 2))
     training.train(interrupted, run)
-    run.write({"step": 3, "torn": True})  # a step that was written but not saved is made again
-    out = run_cli("train.py", *flags(family, tmp_path / "resumed", "--resume"))
+    run.write({"step": 3})  # a step that was written but not saved is made again
+    with open(tmp_path / "resumed" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "torn')
+    out = run_cli("train.py", *flags(family, tmp_path / "resumed", "--resume", *more))
     assert out.returncode == 0, out.stderr
     assert read_metrics(tmp_path / "resumed") == lines
     assert all(torch.equal(a, b) for a, b in zip(weights(tmp_path / "straight").values(), weights(tmp_path / "resumed").values()))
+    if more:
+        return
     _, anew = train_here(family, tmp_path / "never", "--resume")  # nothing saved yet: from the beginning
     assert anew == lines
     changed = run_cli("train.py", *flags(family, tmp_path / "resumed", "--resume", "--lr", 1e-3))
@@ -718,7 +752,7 @@ def test_trap_28_no_explorer_is_plain_grpo_to_the_bit_and_the_explorer_stays_fro
     calls, real = [], training.sample
 
     def spy(model, *args, **kwargs):
-        calls.append((kwargs.get("explorer", False), [p.clone() for p in model.parameters()]))
+        calls.append((kwargs.get("from_explorer", False), [p.clone() for p in model.parameters()]))
         return real(model, *args, **kwargs)
 
     monkeypatch.setattr(training, "sample", spy)
@@ -741,37 +775,132 @@ def test_trap_26_metrics_are_kept_per_source(family, tmp_path):
     assert any(line["clip_fraction_explorer"] for line in lines[1:4])  # at this rate the clip acts
 
 
-def test_trap_11_micro_batches_change_nothing():
-    """Gradients of one update for micro-batches of 1, 3 and all rows, of unequal lengths; every loss, with a KL term."""
+def plain_loss(args, learner, reference, prompts, rollouts, A):
+    """The loss of one mini-batch by the docstring of grpo.py, a row and a token at a time. The slow, obvious one."""
+    total, P, G = 0.0, len(prompts), A.shape[1]
+    for p, g in itertools.product(range(P), range(G)):
+        n, prompt = int(rollouts.lengths[p, g]), prompts[p]
+        sequence = torch.tensor([prompt + rollouts.ids[p, g, :n].tolist()])
+
+        def logprobs(model):
+            logits = model(sequence)[0, len(prompt) - 1:-1] @ model.head.T / args.temperature
+            return logits.log_softmax(-1)[torch.arange(n), sequence[0, len(prompt):]]
+
+        logps, ref, sampled = logprobs(learner), logprobs(reference).detach(), rollouts.logps[p, g, :n]
+        by_explorer = bool(rollouts.from_explorer[p, g])
+        old = sampled if by_explorer and args.explorer_ratio == "behaviour" else logps.detach()
+        ratio = (logps - old).exp()
+        if args.loss == "gspo":
+            ratio = (logps - old).mean().exp().expand(n)
+        for t in range(n):
+            importance = 1.0
+            if by_explorer and args.explorer_ratio == "truncated":
+                importance = min(math.exp(logps[t].item() - sampled[t].item()), 2.0)
+            clipped = ratio[t].clamp(1 - args.clip_low, 1 + args.clip_high)
+            x = ref[t] - logps[t]
+            kl = {"k1": -x, "k2": x * x / 2, "k3": x.exp() - 1 - x}[args.kl_estimator]
+            weight = {"dapo": 1 / rollouts.lengths.sum().item(), "dr_grpo": 1 / (P * G * args.max_new_tokens)}.get(args.loss, 1 / (P * G * n))
+            total = total + weight * (args.kl_coef * kl - importance * torch.minimum(ratio[t] * A[p, g], clipped * A[p, g]))
+    return total
+
+
+class Capture:
+    """In the optimiser's place: keeps the gradient of the one update."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def accumulate(self):
+        pass
+
+    def step(self, max_norm):
+        self.gradient = torch.cat([p.grad.flatten().clone() for p in self.model.parameters()])
+        self.model.zero_grad()
+        return 1.0
+
+
+def test_trap_11_update_equals_the_plain_loss_in_micro_batches_of_any_size():
+    """Gradients for every loss and treatment of explorer tokens, rows of unequal lengths, a KL term, uneven clips."""
     learner, reference, explorer = (tiny_model(scale=0.2, seed=seed) for seed in range(3))
     prompts = [[5, 6], [7, 8, 9], [5, 6], [3]]
-    rollouts = sampling.mix(sampling.sample(explorer, prompts, 2, seeded(), 12, explorer=True),
+    rollouts = sampling.mix(sampling.sample(explorer, prompts, 2, seeded(), 12, from_explorer=True),
                             sampling.sample(learner, prompts, 2, seeded(1), 12))
     assert len(set(rollouts.lengths.flatten().tolist())) > 3
-    A = grpo.group_advantages(torch.rand(4, 4, generator=seeded(2)))
-    gradients = {}
+    A = torch.randn(4, 4, generator=seeded(2))
+    args = training.parse_args(["--kl-coef", "0.1", "--minibatches", "1", "--max-new-tokens", "12", "--temperature", "0.9",
+                                "--clip-low", "0.1", "--clip-high", "0.4"])
+    estimators = itertools.cycle(("k2", "k3", "k1"))
+    for args.loss, args.explorer_ratio in itertools.product(grpo.LOSSES, grpo.EXPLORER_RATIOS):
+        args.kl_estimator = next(estimators)
+        plain_loss(args, learner, reference, prompts, rollouts, A).backward()
+        expected = torch.cat([p.grad.flatten() for p in learner.parameters()])
+        learner.zero_grad()
+        for args.micro_batch in (1, 3, 16):
+            capture = Capture(learner)
+            metrics = grpo.update(args, learner, reference, capture, prompts, rollouts, A, seeded())
+            assert expected.norm() > 1e-3 and (capture.gradient - expected).norm() < 1e-4 * expected.norm()
+        assert metrics["kl"] != 0 and (metrics["clip_fraction_explorer"] > 0) == (args.explorer_ratio == "behaviour")
 
-    class Capture:
-        def step(self, max_norm):
-            self.gradient = torch.cat([p.grad.flatten().clone() for p in learner.parameters()])
-            learner.zero_grad()
-            return 1.0
 
-    args = training.parse_args(["--kl-coef", "0.1", "--minibatches", "1", "--max-new-tokens", "12"])
-    for args.loss, args.explorer_ratio, args.micro_batch in itertools.product(grpo.LOSSES, grpo.EXPLORER_RATIOS, (1, 3, 16)):
-        capture = Capture()
-        grpo.update(args, learner, reference, capture, prompts, rollouts, A, seeded())
-        expected = gradients.setdefault((args.loss, args.explorer_ratio), capture.gradient)
-        assert expected.norm() > 1e-4 and torch.allclose(capture.gradient, expected, atol=1e-5 * expected.norm())
-    for a, b in itertools.combinations(gradients, 2):  # and the choices differ, but for gspo where every ratio is 1
-        alike = {a[0], b[0]} == {"grpo", "gspo"} and a[1] == b[1] == "recompute"
-        assert ((gradients[a] - gradients[b]).norm() < 1e-3 * gradients[a].norm()) == alike, (a, b)
+@pytest.mark.parametrize("P, minibatches", [(16, 9), (5, 4), (4, 1)])
+def test_as_many_optimiser_steps_as_asked_for(P, minibatches):
+    model, steps = tiny_model(), []
+    rollouts = sampling.sample(model, [[5, 6]] * P, 2, seeded(), 3)
+    args = training.parse_args(["--minibatches", str(minibatches), "--max-new-tokens", "3"])
+    optimizer = SimpleNamespace(accumulate=lambda: None, step=lambda norm: steps.append(1) or 1.0)
+    grpo.update(args, model, None, optimizer, [[5, 6]] * P, rollouts, torch.randn(P, 2), seeded())
+    assert len(steps) == minibatches
+
+
+def test_train_is_algorithm_1(family, tmp_path, monkeypatch):
+    """What reaches `sample` and `update`: the split, each source's own sampling settings, one advantage over the whole
+    group from the strict reward, fresh random numbers each step."""
+    sampled, updates, real_sample, real_update = [], [], training.sample, training.update
+
+    def spy_sample(model, prompts, n, generator, max_new_tokens, temperature, top_p, rows, from_explorer=False):
+        sampled.append((from_explorer, n, temperature, top_p))
+        return real_sample(model, prompts, n, generator, max_new_tokens, temperature, top_p=top_p, rows=rows, from_explorer=from_explorer)
+
+    def spy_update(args, learner, reference, optimizer, prompts, rollouts, advantages, generator):
+        updates.append((rollouts, advantages))
+        return real_update(args, learner, reference, optimizer, prompts, rollouts, advantages, generator)
+
+    monkeypatch.setattr(training, "sample", spy_sample)
+    monkeypatch.setattr(training, "update", spy_update)
+    for loss in ("grpo", "dr_grpo"):
+        updates.clear(), sampled.clear()
+        run, lines = train_here(family, tmp_path / loss, "--mix-steps", 4, "--loss", loss, "--lr", 0, "--eval-every", 0,
+                                "--explorer-temperature", 0.7, "--explorer-top-p", 0.95, "--temperature", 1.1)
+        assert sampled == [(True, 4, 0.7, 0.95), (True, 3, 0.7, 0.95), (False, 1, 1.1, 1.0), (True, 2, 0.7, 0.95),
+                           (False, 2, 1.1, 1.0), (False, 4, 1.1, 1.0)]
+        for step, (rollouts, A) in enumerate(updates, 1):
+            batch = training.batch_of(step, 4, len(run.problems), 0)
+            strict = torch.tensor([[float(reward.score(run.problems[i], text).strict) for text in group]
+                                   for i, group in zip(batch, sampling.decode(rollouts, run.tokenizer))])
+            assert torch.equal(A, grpo.group_advantages(strict, scale=loss == "grpo"))
+        assert any(A[:, :3].any() and A[:, 3:].any() for _, A in updates)
+    same = training.batch_of(1, 4, 20, 0) == training.batch_of(6, 4, 20, 0)  # other problems, other numbers
+    assert not same and not torch.equal(updates[2][0].ids[:, 2:, 0], updates[3][0].ids[:, 2:, 0])
+
+
+def test_training_raises_pass_at_1_of_what_is_trained_on(family, tmp_path):
+    _, lines = train_here(family, tmp_path / "run", "--steps", 60, "--group-size", 8, "--lr", 3e-3, "--eval-every", 0,
+                          "--eval-data", family / "train.jsonl", "--eval-problems", 20)
+    first, last = lines[0]["eval_strict_pass@1"], lines[-1]["eval_strict_pass@1"]
+    assert last > first + 0.1, (first, last)
+
+
+def test_the_kl_reference_is_the_initial_learner(family, tmp_path):
+    run, lines = train_here(family, tmp_path / "run", "--kl-coef", 0.1, "--lr", 1e-2, "--minibatches", 1)
+    assert abs(lines[1]["kl"]) < 1e-6 and lines[3]["kl"] > 1e-4
+    initial = models.load(family / "learner")[0]
+    assert all(torch.equal(a, b) for a, b in zip(run.reference.parameters(), initial.parameters()))
 
 
 def test_trap_21_rollouts_are_never_encoded_again(family, tmp_path, monkeypatch):
     """The trainer gets the ids that were sampled: once a run is loaded, nothing asks the tokeniser for ids."""
     args = training.parse_args([str(flag) for flag in flags(family, tmp_path / "run", "--eval-problems", 1)])
-    training.settle(args)
+    training.resolve_args(args)
     run = training.Run(args)
     run.eval_problems, run.tokenizer = [], SimpleNamespace(decode=run.tokenizer.decode)
     training.train(args, run)
@@ -796,9 +925,20 @@ def test_bfloat16_updates_are_not_rounded_away(family, tmp_path):
     for _ in range(300):
         for p in model.parameters():
             p.grad = torch.ones_like(p)
+        optimizer.accumulate()
         optimizer.step(1.0)
     moved = (model.layers[0].mlp.up_proj.weight.float() - before.float()).mean()
     assert moved.item() == pytest.approx(-300 * 1e-5, rel=0.1)
+
+
+def test_bfloat16_gradients_of_micro_batches_are_summed_in_float32(family):
+    model, _ = models.load(family / "learner", dtype=torch.bfloat16)
+    optimizer = grpo.Optimizer(model, lr=1e-3)
+    for _ in range(300):  # bfloat16 would stop growing at 256
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.accumulate()
+    assert all((master.grad == 300).all() for master in optimizer.masters)
 
 
 def test_a_gradient_that_is_not_finite_skips_the_update(family):
@@ -827,12 +967,17 @@ def test_trap_27_other_tokenizers_are_refused(family, tmp_path):
 @pytest.mark.parametrize("change, complaint", [
     (["--learner", "no/such/dir"], "no/such/dir"), (["--data", "missing.jsonl"], "missing.jsonl"), (["--group-size", 1], "--group-size"),
     (["--mix-steps", 5], "--mix-steps 5 is beyond --steps 4"), (["--max-new-tokens", 125], "does not fit the model's context of 128"),
-    (["--data", "broken"], "broken.jsonl, line 2"), (["--minibatches", 9], "--minibatches")])
+    (["--data", "broken"], "broken.jsonl, line 2"), (["--minibatches", 9], "--minibatches"),
+    (["--mix-steps", 0], "--mix-steps must be at least 1"), (["--device", "nonsense"], "--device nonsense"), (["--seed", -1], "--seed"),
+    (["--top-p", 0], "--top-p"), (["--explorer-temperature", 0], "--explorer-temperature"), (["--eval-data", "long"], "context of 128")])
 def test_bad_input_is_one_line_and_exit_code_2(change, complaint, family, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     if change[-1] == "broken":
         (tmp_path / "broken.jsonl").write_text('{"question": "Bfa483920=", "answer": "2", "task": "habit"}\n{"question": \n')
         change = ["--data", tmp_path / "broken.jsonl"]
+    if change[-1] == "long":
+        reward.save_problems([reward.Problem("1+1" * 100, "2")], tmp_path / "long.jsonl")
+        change = ["--eval-data", tmp_path / "long.jsonl"]
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags(family, tmp_path / "run", *change))])
     with pytest.raises(SystemExit) as stopped:
         training.main()
@@ -846,7 +991,7 @@ def test_ctrl_c_leaves_a_usable_run(family, tmp_path):
     command = [sys.executable, ROOT / "train.py", *map(str, flags(family, out, "--steps", 5000, "--eval-every", 0))]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     deadline = time.time() + 120
-    while time.time() < deadline and not (out / "metrics.jsonl").exists() or len(read_metrics(out)) < 4:
+    while time.time() < deadline and not ((out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_text().count("\n") > 3):
         time.sleep(0.2)
     process.send_signal(signal.SIGINT)
     stdout, _ = process.communicate(timeout=60)

@@ -3,14 +3,14 @@
     python train.py                       the laptop run: makes its two models the first time, then trains
     python train.py --explorer none       the same without an explorer: plain GRPO
     python train.py --learner Qwen/Qwen3-1.7B-Base --explorer Qwen/Qwen3-0.6B-Base --data gsm8k_train.jsonl \\
-        --max-new-tokens 512 --lr 1e-6 --dtype bfloat16
+        --max-new-tokens 512 --micro-batch 4 --lr 1e-6 --dtype bfloat16
 
 `train` is the paper's Algorithm 1, line for line; `Run` loads what it needs and keeps the books. Where a choice is open
 the paper's is the default, but for the explorer's sampling (temperature 1 without nucleus; the paper: 0.7 and 0.95) and
 the KL penalty (off; the paper: 0.001).
 
-Everything random is seeded by (seed, step, purpose), so a step depends on nothing but the weights before it: the same
-seed gives the same metrics, and a resumed run equals one that was never interrupted.
+Everything random is seeded by (seed, step, purpose), so a step depends on nothing but the weights before it: on a CPU the
+same seed gives the same metrics to the last digit, and a resumed run equals one that was never interrupted.
 
 Shapes: P prompts a step, G rollouts a prompt (one group).
 """
@@ -62,7 +62,7 @@ def train(args, run):
         if n_explorer:                                                                          # sample(pi_omega, G_w)
             by_explorer = sample(run.explorer, prompts, n_explorer, generator(args.seed, step, EXPLORER),
                                  args.max_new_tokens, args.explorer_temperature, top_p=args.explorer_top_p,
-                                 rows=args.rollout_rows, explorer=True)
+                                 rows=args.rollout_rows, from_explorer=True)
         if n_learner:                                                                           # sample(pi_theta, G_s)
             by_learner = sample(run.learner, prompts, n_learner, generator(args.seed, step, LEARNER),
                                 args.max_new_tokens, args.temperature, top_p=args.top_p, rows=args.rollout_rows)
@@ -72,7 +72,7 @@ def train(args, run):
         texts = decode(rollouts, run.tokenizer)
         scores = [[reward.score(problem, text) for text in group] for problem, group in zip(problems, texts)]
         scores = torch.tensor(scores, dtype=torch.float32, device=rollouts.ids.device)          # [P, G, (answer, strict)]
-        advantages = group_advantages(scores[..., 1], scale=args.loss != "dr_grpo")             # over the combined group
+        advantages = group_advantages(scores[..., 1], scale=args.loss != "dr_grpo")             # [P, G], combined group
         clock.append(time.perf_counter())
 
         metrics = update(args, run.learner, run.reference, run.optimizer, prompts, rollouts,    # theta <- GRPO update
@@ -107,7 +107,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("update (grpo.py)").add_argument
     add("--lr", type=float, default=2e-4, help="AdamW's learning rate, constant; 1e-6 for billions of parameters")
     add("--minibatches", type=int, default=2, help="optimiser steps per update; with 1 the ratio stays 1")
-    add("--micro-batch", type=int, default=256, help="rows per forward pass: lower it to save memory; changes no result")
+    add("--micro-batch", type=int, default=256, help="rows per forward pass: lower it to save memory; the loss stays the same")
     add("--loss", choices=LOSSES, default="grpo", help="how tokens are weighted; gspo: one ratio per sequence")
     add("--clip-low", type=float, default=0.2, help="ratios are clipped below at 1 - this")
     add("--clip-high", type=float, default=0.2, help="ratios are clipped above at 1 + this")
@@ -128,13 +128,13 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def settle(args):
+def resolve_args(args):
     """Fills in the defaults that depend on other flags, and makes the laptop family if it is wanted and not there.
     ValueError, one line, for flags that make no sense."""
     laptop = args.learner is None
     if args.explorer == "none" or args.schedule == "none":
         args.explorer = args.schedule = "none"
-    args.mix_steps = args.mix_steps or max(1, args.steps // 2)
+    args.mix_steps = max(1, args.steps // 2) if args.mix_steps is None else args.mix_steps
     for wrong, message in (
             (not laptop and args.data is None, "--learner needs --data: problems as JSONL with `question` and `answer`"),
             (not laptop and args.explorer is None, "--learner needs --explorer: a model, or `none` for plain GRPO"),
@@ -142,11 +142,15 @@ def settle(args):
             (args.mix_steps > args.steps, f"--mix-steps {args.mix_steps} is beyond --steps {args.steps}"),
             (not 1 <= args.minibatches <= args.prompts_per_step, "--minibatches must be between 1 and --prompts-per-step"),
             (not 0 <= args.explorer_share <= 1, "--explorer-share must be between 0 and 1"),
-            (args.temperature <= 0, "--temperature must be above 0: greedy rollouts of a group are all the same"),
+            (min(args.temperature, args.explorer_temperature) <= 0,
+             "--temperature and --explorer-temperature must be above 0: greedy rollouts of a group are all the same"),
+            (not (0 < args.top_p <= 1 and 0 < args.explorer_top_p <= 1), "--top-p and --explorer-top-p must lie in (0, 1]"),
+            (args.seed < 0, "--seed must be at least 0"),
             (args.resume and not args.out, "--resume needs --out: the directory of the run to continue")):
         if wrong:
             raise ValueError(message)
-    for flag in ("steps", "prompts_per_step", "max_new_tokens", "micro_batch", "rollout_rows", "eval_problems", "eval_n"):
+    for flag in ("steps", "mix_steps", "prompts_per_step", "max_new_tokens", "micro_batch", "rollout_rows",
+                 "eval_problems", "eval_n"):
         if getattr(args, flag) < 1:
             raise ValueError(f"--{flag.replace('_', '-')} must be at least 1")
     if laptop:
@@ -171,7 +175,7 @@ def settle(args):
 
 
 def check_tokenizers(learner, explorer):
-    """ValueError unless both turn text into the same ids: the learner trains on the ids that the explorer wrote."""
+    """ValueError unless every token has the same id in both: the learner trains on the ids that the explorer wrote."""
     a, b = learner.get_vocab(), explorer.get_vocab()
     different = sorted(token for token in a.keys() | b.keys() if a.get(token) != b.get(token))
     if different:
@@ -182,7 +186,7 @@ def check_tokenizers(learner, explorer):
 
 class Run:
     """What a run holds (models, optimiser, problems) and what it leaves in --out: config.json, metrics.jsonl (a line a
-    step), pass_at_k.json, rollouts.txt (one group at each evaluation), checkpoint.pt, learner/, curve.png."""
+    step), pass_at_k.json, rollouts/ (one group at each evaluation), checkpoint.pt, learner/, curve.png."""
 
     def __init__(self, args):
         """Loads everything and checks that it fits together. ValueError or OSError, one line, on what does not."""
@@ -192,12 +196,16 @@ class Run:
         self.problems = reward.load_problems(args.data)
         self.eval_problems = reward.load_problems(args.eval_data)[:args.eval_problems] if args.eval_data else []
         self.prompts = [encode_prompt(problem, self.tokenizer) for problem in self.problems]
-        check_lengths(self.learner, self.prompts, args.max_new_tokens)
+        checked = self.prompts + [encode_prompt(problem, self.tokenizer) for problem in self.eval_problems]
+        check_lengths(self.learner, checked, args.max_new_tokens)
         self.reference = copy.deepcopy(self.learner).requires_grad_(False) if args.kl_coef else None  # before any update
         self.optimizer, self.first_step = Optimizer(self.learner, args.lr), 1
         if args.resume and (self.out / "checkpoint.pt").exists():
-            state = torch.load(self.out / "checkpoint.pt", map_location=device, weights_only=True)
-            self.optimizer.restore(state["optimizer"])
+            try:
+                state = torch.load(self.out / "checkpoint.pt", map_location="cpu", weights_only=True)
+                self.optimizer.restore(state["optimizer"])
+            except Exception as error:  # whatever a damaged file makes of the unpickler
+                raise ValueError(f"{self.out}/checkpoint.pt cannot be read: {' '.join(str(error).split())[:200]}") from None
             self.first_step = state["step"] + 1
         elif args.resume:
             print(f"--resume: nothing is saved in {self.out} yet, so from the beginning")
@@ -207,8 +215,10 @@ class Run:
         if self.first_step <= self.last_explorer_step:
             self.explorer, explorer_tokenizer = load(args.explorer, device, dtype)
             check_tokenizers(self.tokenizer, explorer_tokenizer)
-            check_lengths(self.explorer, self.prompts, args.max_new_tokens)
+            check_lengths(self.explorer, checked, args.max_new_tokens)
             self.explorer.requires_grad_(False)
+            # One end for both: else a base learner would learn a stop token of an instruct explorer and not stop at it.
+            self.learner.stop_ids = self.explorer.stop_ids = tuple({*self.learner.stop_ids, *self.explorer.stop_ids})
 
         self.out.mkdir(parents=True, exist_ok=True)
         (self.out / "config.json").write_text(json.dumps(vars(args) | {"resume": False}, indent=2))
@@ -224,11 +234,13 @@ class Run:
 
     def metrics(self):
         path = self.out / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        lines = path.read_text().split("\n")[:-1] if path.exists() else []  # without a last line that was cut short
+        return [json.loads(line) for line in lines]
 
     def write(self, line):
         with open(self.out / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
+            finite = {key: None if isinstance(x, float) and not np.isfinite(x) else x for key, x in line.items()}
+            file.write(json.dumps(finite) + "\n")  # NaN is not JSON
 
     def evaluate(self, model, curve_name=None):
         """Metrics of a model on the held-out problems, with the same random numbers every time, so that evaluations
@@ -277,7 +289,7 @@ class Run:
 
     def record(self, step, share, problems, rollouts, texts, scores, metrics, seconds):
         """Writes the step's line of metrics.jsonl (README has a glossary), after evaluating if it is time to."""
-        args, explorer = self.args, rollouts.explorer
+        args, explorer = self.args, rollouts.from_explorer
         answers, rewards = scores.unbind(-1)  # [P, G] each
         mean = lambda x: x.float().mean().item() if x.numel() else None
         line = {"step": step, "share": share,
@@ -292,10 +304,10 @@ class Run:
         last = step == args.steps
         if self.eval_problems and (last or (args.eval_every and step % args.eval_every == 0)):
             line |= self.evaluate(self.learner, "learner after" if last else None)
-            with open(self.out / "rollouts.txt", "a") as file:
-                for by_explorer, r, text in zip(explorer[0].tolist(), rewards[0].tolist(), texts[0]):
-                    author = "explorer" if by_explorer else "learner"
-                    file.write(f"step {step}, {author}, reward {r:g}: {problems[0].question} {text}\n")
+            group = zip(explorer[0].tolist(), rewards[0].tolist(), texts[0])
+            (self.out / "rollouts").mkdir(exist_ok=True)
+            (self.out / "rollouts" / f"step_{step}.txt").write_text(problems[0].question + "\n\n" + "\n".join(
+                f"{'explorer' if by_explorer else 'learner'}, reward {r:g}: {text}" for by_explorer, r, text in group))
         self.write(line)
         self.bar.set_postfix(reward=f"{line['reward']:.2f}", explorer=f"{share:.0%}")
         if line["truncated"] > 0.5 and not self.warned:
@@ -314,21 +326,21 @@ class Run:
             for key in (key for key in evals[-1] if key.startswith("eval_")):
                 print(f"{key.removeprefix('eval_').replace('_', ' '):16}{evals[0][key]:10.3f}{evals[-1][key]:10.3f}")
         print(f"\n{seconds / 60:.1f} minutes, {lines[-1]['step']} steps; everything is in {self.out}: "
-              "curve.png, metrics.jsonl, rollouts.txt, learner/ (a Hugging Face directory)")
-        again = shlex.join(word for word in sys.argv[1:] if word != "--resume")
-        if self.interrupted:
-            again += "" if "--out" in again else f" --out {self.out}"
-            print(f"stopped by Ctrl-C; go on with: python train.py {again} --resume")
+              "curve.png, metrics.jsonl, rollouts/, learner/ (a Hugging Face directory)")
+        words = [word for i, word in enumerate(sys.argv) if word not in ("--out", "--resume") and sys.argv[i - 1] != "--out"]
+        again = shlex.join(["python", *words])
+        if lines[-1]["step"] < self.args.steps:
+            print(f"stopped by Ctrl-C; go on with: {again} --out {self.out} --resume")
         elif self.args.explorer == "none":
-            print("try next: the same with an explorer (without --explorer none)")
+            print("try next, the same with an explorer: leave out `--explorer none`")
         else:
-            print(f"try next, the same without an explorer: python train.py {again + ' ' if again else ''}--explorer none")
+            print(f"try next, the same without an explorer: {again} --explorer none")
 
 
 def main():
     args, started = parse_args(), time.time()
     try:
-        settle(args)
+        resolve_args(args)
         run = Run(args)
     except (ValueError, OSError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
@@ -336,8 +348,11 @@ def main():
     train(args, run)
     run.finish(time.time() - started)
     if run.interrupted:
-        sys.exit(130)
+        sys.exit(130)  # what a shell expects of a program ended by Ctrl-C
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:  # outside the training loop, which saves first
+        sys.exit(130)

@@ -24,7 +24,7 @@ import reward
 # the explorer too small for that and just large enough to execute what it writes.
 SIZES = {"habit": {"explorer": (32, 2), "learner": (64, 3)},
          "natural": {"explorer": (48, 2), "learner": (96, 3)}}
-CORPUS = {"habit": (12_000, 10), "natural": (12_000, 11)}  # worked solutions, epochs
+CORPUS = {"habit": (12_000, 10), "natural": (10_000, 13)}  # worked solutions, epochs
 LR, BATCH = 3e-3, 64
 EOS = "<eos>"
 ALPHABET = sorted(set("0123456789+-~*=ABCD" + reward.TOPICS))
