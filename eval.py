@@ -18,8 +18,8 @@ import torch
 from tqdm import tqdm
 
 import reward
-from model import load, pick_device
-from sample import decode, encode_prompt, sample
+from model import load
+from sample import decode, encode_prompt, pick_device, sample
 
 
 def pass_at_k(correct, n, k):

@@ -1,6 +1,5 @@
 """The policy: one decoder-only transformer, its checkpoints, its KV cache, and the log-probabilities RL needs.
 
-Read top to bottom: RMSNorm -> rotary positions -> attention -> SwiGLU -> Transformer -> fused log-probs -> load/save.
 One class covers Qwen3 (QK-norm), Qwen2 (qkv bias) and Llama (neither). Parameters carry Hugging Face's names, so a
 checkpoint loads without renaming, and the tiny models of this repository and Qwen3-8B come in through the same door.
 
@@ -42,7 +41,7 @@ class Config:
 
     @classmethod
     def from_hf(cls, hf):
-        """Reads a config.json dictionary. ValueError names whatever this file does not implement."""
+        """From a config.json dictionary. ValueError names whatever this file does not implement."""
         kind = hf.get("model_type")
         if kind not in ("qwen3", "qwen2", "llama"):
             raise ValueError(f"model_type {kind!r} is not implemented (qwen3, qwen2 and llama are)")
@@ -180,8 +179,8 @@ class Transformer(nn.Module):
 
     @property
     def head(self):
-        """The output matrix [V, D] without vocabulary padding: rows beyond the tokeniser's last id are neither
-        sampled nor normalised over, the same in sampler and trainer."""
+        """The output matrix [V, D] without vocabulary padding: ids beyond the tokeniser's last are neither sampled nor
+        normalised over, in the sampler as in the trainer."""
         weight = self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
         return weight[:self.num_tokens]
 
@@ -238,22 +237,21 @@ def _chunk_grad(hidden, weight, local, inverse_temperature, lse, grad):
 @functools.cache
 def _compiled(function):
     """torch.compile(function); where that fails, for want of a C++ compiler say, `function` itself and one warning."""
-    chosen = [torch.compile(function, dynamic=True)]
-
     def run(*inputs):
+        nonlocal chosen
         try:
-            return chosen[0](*inputs)
+            return chosen(*inputs)
         except torch._dynamo.exc.TorchDynamoException as error:
             warnings.warn(f"the log-prob kernel runs uncompiled, correct but slower: {str(error).splitlines()[0]}")
-            chosen[0] = function
+            chosen = function
             return function(*inputs)
+    chosen = torch.compile(function, dynamic=True)
     return run
 
 
 class _FusedLogProb(torch.autograd.Function):
-    """Nothing of size [N, V] exists at any time: the forward keeps one number per token, the backward recomputes each
-    chunk's logits. Four GEMMs for forward and backward where the naive version needs three, in a fraction of the
-    memory; torch.compile fuses everything between them into one pass over the chunk."""
+    """Nothing of size [N, V] ever exists: the forward keeps one number per token and statistic, the backward computes
+    each chunk's logits again (four GEMMs where the naive version needs three). torch.compile fuses what lies between."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, chunk):
@@ -290,20 +288,9 @@ class _FusedLogProb(torch.autograd.Function):
 def fused_logprobs(hidden, weight, targets, temperature=1.0, chunk=1024):
     """(log pi(target), entropy), each [N] in fp32, of hidden [N, D], weight [V, D], targets [N].
 
-    Equals `naive_logprobs` in value and in gradient; beyond the gradient itself its memory does not grow with V. The
-    entropy is that of the tempered distribution and carries no gradient (the paper's entropy coefficient is 0)."""
+    Equals `naive_logprobs` in value and gradient; but for the gradient itself its memory does not grow with V. The
+    entropy is the tempered distribution's and carries no gradient (the paper's entropy coefficient is 0)."""
     return _FusedLogProb.apply(hidden, weight, targets, temperature, chunk)
-
-
-def pick_device(name):
-    """`auto` takes CUDA, then Apple's MPS, then the CPU. ValueError for a device that is not there."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
-    return name
 
 
 # ---- checkpoints: ordinary Hugging Face directories ---------------------------------------------------------------
@@ -315,25 +302,21 @@ def read_safetensors(path, convert=lambda tensor: tensor):
     """{name: tensor} of a safetensors file: 8 bytes n, n bytes of JSON {name: dtype, shape, data_offsets}, raw data.
 
     The file is memory-mapped and copied tensor by tensor through `convert`, so the peak is one copy of the weights.
-    ValueError if the file is truncated or holds another dtype."""
-    size = os.path.getsize(path)
-    raw = torch.from_file(str(path), dtype=torch.uint8, size=size) if size else torch.empty(0, dtype=torch.uint8)
-    start = 8 + int.from_bytes(bytes(raw[:8].tolist()), "little")
-    if size < 8 or start > size:
-        raise ValueError(f"{path}: not a safetensors file, or truncated ({size:,} bytes)")
+    ValueError if the file is damaged or cut short, or holds another dtype."""
+    size, tensors = os.path.getsize(path), {}
+    raw = torch.from_file(str(path), dtype=torch.uint8, size=size) if size else torch.zeros(0, dtype=torch.uint8)
+    start = 8 + int.from_bytes(raw[:8].numpy().tobytes(), "little")
     try:
-        header = json.loads(bytes(raw[8:start].tolist()))
-    except ValueError:
-        raise ValueError(f"{path}: the safetensors header is not JSON; is the file damaged?") from None
-    header.pop("__metadata__", None)
-    tensors = {}
+        header = json.loads(raw[8:start].numpy().tobytes())
+    except (ValueError, OverflowError):
+        raise ValueError(f"{path}: not a safetensors file, or a damaged one ({size:,} bytes)") from None
     for name, entry in header.items():
-        first, last = entry["data_offsets"]
-        if start + last > size:
-            raise ValueError(f"{path}: truncated: {name} ends at byte {start + last:,} of {size:,}")
-        if entry["dtype"] not in SAFETENSORS_DTYPES:
-            raise ValueError(f"{path}: {name} has dtype {entry['dtype']}; {', '.join(SAFETENSORS_DTYPES)} are read")
-        data = raw[start + first:start + last].clone()  # the copy is aligned, whatever the header's length
+        if name == "__metadata__":
+            continue
+        first, last = (start + offset for offset in entry["data_offsets"])
+        if last > size or entry["dtype"] not in SAFETENSORS_DTYPES:
+            raise ValueError(f"{path}: {name} is cut short or not of dtype {', '.join(SAFETENSORS_DTYPES)}")
+        data = raw[first:last].clone()  # the copy is aligned, whatever the header's length
         tensors[name] = convert(data.view(SAFETENSORS_DTYPES[entry["dtype"]]).view(entry["shape"]))
     return tensors
 
@@ -354,31 +337,28 @@ def write_safetensors(path, tensors):
 
 
 def find_file(source, name, required=True):
-    """Path of one file of a checkpoint: in a local directory, or else from the Hugging Face hub (cached there)."""
-    if Path(source).is_dir():
-        path = Path(source) / name
-        if required and not path.exists():
-            raise ValueError(f"{source}: no {name} in this directory")
-        return path if path.exists() else None
-    from transformers.utils import cached_file  # slow to import, and local directories do without it
+    """Path of one file of a checkpoint, from a local directory or else from the Hugging Face hub (and cached)."""
+    from transformers.utils import cached_file  # slow to import, so only where a checkpoint is read
     try:
-        return cached_file(source, name, _raise_exceptions_for_missing_entries=required)
+        path = cached_file(str(source), name, _raise_exceptions_for_missing_entries=False)
     except OSError:
-        raise ValueError(f"{source!r} is no directory here, and the Hugging Face hub did not give its {name}; "
-                         "check the path or the name, and the connection") from None
+        path = None
+    if path is None and required:
+        raise ValueError(f"{source}: no {name} in a directory of that name, nor on the Hugging Face hub as far as it "
+                         "can be reached: check the path or the name")
+    return path
 
 
 def load(source, device="cpu", dtype=torch.float32):
     """(model, tokenizer) from a Hugging Face directory or hub name. Weights are held once, plus one tensor.
     ValueError: a file is missing or broken, or the architecture is not implemented."""
-    from transformers import AutoTokenizer  # 1.6 s to import, so only where a checkpoint is read
+    from transformers import AutoTokenizer
+    config_file = Path(find_file(source, "config.json"))
     try:
-        hf = json.loads(Path(find_file(source, "config.json")).read_text())
+        hf = json.loads(config_file.read_text())
         config = Config.from_hf(hf)
-    except KeyError as error:
-        raise ValueError(f"{source}: config.json has no {error}") from None
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from None
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{config_file}: {f'no {error}' if isinstance(error, KeyError) else error}") from None
     with torch.device("meta"):  # shapes only; load_state_dict(assign=True) puts the tensors in
         model = Transformer(config)
     index = find_file(source, "model.safetensors.index.json", required=False)
@@ -401,7 +381,7 @@ def load(source, device="cpu", dtype=torch.float32):
     generation = find_file(source, "generation_config.json", required=False)
     stops = json.loads(Path(generation).read_text()).get("eos_token_id") if generation else None
     stops = stops if isinstance(stops, list) else [stops]
-    model.stop_ids = tuple(sorted({i for i in [*stops, tokenizer.eos_token_id] if i is not None}))
+    model.stop_ids = tuple(sorted({*stops, tokenizer.eos_token_id} - {None}))
     model.hf_config = hf
     return model, tokenizer
 

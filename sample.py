@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields
 import torch
 import torch.nn.functional as F
 
-from model import KVCache, load, pick_device
+from model import KVCache, load
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 
@@ -132,6 +132,17 @@ def _sample_batch(model, prompts, uniform, max_new_tokens, temperature, top_k, t
         last = model(token[:, None], cache)[:, 0]  # [R, 1, D] -> [R, D]
         cache.lengths += 1  # of finished rows too, until they leave: what they compute is thrown away
     return tuple(x.unflatten(0, (P, G)) for x in (ids, lengths, logps, finished))
+
+
+def pick_device(name):
+    """`auto` takes CUDA, then Apple's MPS, then the CPU. ValueError for a device that is not there."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
+    return name
 
 
 def check_lengths(model, prompts, max_new_tokens):

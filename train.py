@@ -32,8 +32,8 @@ import reward
 from anneal import SCHEDULES, explorer_share, split_group
 from eval import draw_run, evaluate, pass_at_k, powers_of_two, table
 from grpo import EXPLORER_RATIOS, LOSSES, Optimizer, group_advantages, update
-from model import load, pick_device, save
-from sample import check_lengths, decode, encode_prompt, mix, sample
+from model import load, save
+from sample import check_lengths, decode, encode_prompt, mix, pick_device, sample
 
 LEARNER, EXPLORER, MINIBATCH, EVALUATION = range(4)  # what a random stream is for
 

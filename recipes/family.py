@@ -19,6 +19,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import model as models
 import reward
+from sample import pick_device
 
 # Width, layers. Sizes with a true pass@k crossover: the learner is large enough to memorise the writers' habits,
 # the explorer too small for that and just large enough to execute what it writes.
@@ -128,7 +129,7 @@ def main():
     if Path(args.out).exists():
         print(f"family.py: error: {args.out} is there already", file=sys.stderr)
         sys.exit(2)
-    make_family(args.out, args.task, args.seed, args.noise, device=models.pick_device(args.device))
+    make_family(args.out, args.task, args.seed, args.noise, device=pick_device(args.device))
     print(f"made {args.out}")
 
 
