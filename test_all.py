@@ -5,15 +5,16 @@
 "Trap n" names a way small GRPO code goes wrong without crashing; its test fails if that bug is put back. Nothing is
 downloaded: models are tiny and random, or pretrained for a second by recipes/family.py.
 """
+import gc
 import itertools
 import json
 import math
-import os
 import random
 import signal
 import subprocess
 import sys
 import time
+import weakref
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -749,9 +750,10 @@ def test_trap_28_no_explorer_is_plain_grpo_to_the_bit_and_the_explorer_stays_fro
     _, none = train_here(family, tmp_path / "none", "--explorer", "none")
     _, zero = train_here(family, tmp_path / "zero", "--schedule", "constant", "--explorer-share", 0)
     assert none == zero and none[-1]["share"] == 0
-    calls, real = [], training.sample
+    calls, models_called, real = [], [], training.sample
 
     def spy(model, *args, **kwargs):
+        models_called.append((kwargs.get("from_explorer", False), weakref.ref(model)))
         calls.append((kwargs.get("from_explorer", False), [p.clone() for p in model.parameters()]))
         return real(model, *args, **kwargs)
 
@@ -759,7 +761,9 @@ def test_trap_28_no_explorer_is_plain_grpo_to_the_bit_and_the_explorer_stays_fro
     run, lines = train_here(family, tmp_path / "mixed", "--mix-steps", 3)
     assert [line["rollouts_explorer"] for line in lines[1:]] == [16, 8, 0, 0]
     explorers = [parameters for by_explorer, parameters in calls if by_explorer]
-    assert len(explorers) == 2 and run.explorer is None  # not called, nor kept, once its share is 0
+    assert len(explorers) == 2 and run.explorer is None  # not called once its share is 0 ...
+    gc.collect()
+    assert [ref() is None for by_explorer, ref in models_called] == [by_explorer for by_explorer, _ in models_called]  # ... nor kept
     assert all(torch.equal(a, b) for a, b in zip(*explorers))
     original = models.load(family / "explorer")[0]
     assert all(torch.equal(a, b) for a, b in zip(explorers[-1], original.parameters()))

@@ -103,7 +103,7 @@ def parse_args(argv=None):
     add("--top-p", type=float, default=1.0, help="learner's nucleus; below 1 the ratio ignores the truncation")
     add("--explorer-temperature", type=float, default=1.0, help="the paper's is 0.7")
     add("--explorer-top-p", type=float, default=1.0, help="the paper's is 0.95")
-    add("--rollout-rows", type=int, default=1024, help="rows sampled at once: lower it to save memory")
+    add("--rollout-rows", type=int, default=1024, help="rows sampled at once, in whole groups: lower it to save memory")
     add = parser.add_argument_group("update (grpo.py)").add_argument
     add("--lr", type=float, default=2e-4, help="AdamW's learning rate, constant; 1e-6 for billions of parameters")
     add("--minibatches", type=int, default=2, help="optimiser steps per update; with 1 the ratio stays 1")
