@@ -117,7 +117,7 @@ def parse_args(argv=None):
     add("--max-grad-norm", type=float, default=1.0, help="gradients are scaled down to this norm")
     add = parser.add_argument_group("run").add_argument
     add("--eval-every", type=int, default=10, help="steps between evaluations; 0: only before and after")
-    add("--eval-problems", type=int, default=128, help="held-out problems used")
+    add("--eval-problems", type=int, default=256, help="held-out problems used")
     add("--eval-n", type=int, default=32, help="rollouts per held-out problem")
     add("--save-every", type=int, default=20, help="steps between checkpoints; 0: only at the end")
     add("--resume", action="store_true", help="continue the run in --out from its checkpoint")
