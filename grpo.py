@@ -28,7 +28,8 @@ def group_advantages(rewards, scale=True):
     """A [P, G] of rewards [P, G]: each row centred on its mean and, with `scale`, divided by its standard deviation.
 
     The standard deviation is the unbiased one (ddof 1), as in the authors' trainer. A group of equal rewards teaches
-    nothing and gets exactly 0: rounding of its mean must not be blown up by a tiny standard deviation.
+    nothing and gets exactly 0: rounded, the mean of rewards like 0.7 differs from each of them, and dividing that by a
+    standard deviation near 0 would blow it up.
     ValueError if G < 2: one rollout is its own baseline."""
     if rewards.shape[1] < 2:
         raise ValueError("a group needs at least 2 rollouts: with one, the reward minus the group's mean is always 0")
@@ -40,8 +41,9 @@ def group_advantages(rewards, scale=True):
 
 
 def token_weights(mask, loss, max_new_tokens):
-    """Weight of each token in the loss, [N, T], for the N rows of one mini-batch. This is all that the loss types
-    differ in (and `gspo` in its ratio). Computed before micro-batches are cut, so cutting cannot change the loss.
+    """Weight of each token in the loss, [N, T], for the N rows of one mini-batch. This is all that the loss types differ
+    in, but for gspo's ratio and dr_grpo's advantages, which are not divided by std. Computed before micro-batches are
+    cut, so cutting cannot change the loss.
 
         grpo, gspo  1 / (N * length_i)     mean over tokens, then rows: tokens of long responses count less
         dapo        1 / (all tokens)       every token of the mini-batch counts the same
@@ -83,7 +85,7 @@ def policy_loss(logps, old_logps, advantages, weights, mask, clip_low=0.2, clip_
     The clip removes the gradient only where the step has already gone far enough the right way: ratio > 1 + clip_high
     with A > 0, ratio < 1 - clip_low with A < 0. sequence_ratio (GSPO): one ratio per row, the geometric mean of its
     tokens' ratios."""
-    log_ratio = (logps - old_logps).masked_fill(~mask, 0.0)
+    log_ratio = (logps - old_logps).masked_fill(~mask, 0.0)  # whatever stands in the padding, it must not become NaN
     if sequence_ratio:
         log_ratio = log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)  # [N, T] -> [N, 1]
         log_ratio = log_ratio.expand_as(logps)
@@ -111,7 +113,7 @@ def kl_penalty(logps, ref_logps, weights, mask, estimator="k3"):
 
 def response_logprobs(model, prompts, ids, mask, temperature=1.0):
     """(log-probs, entropies), each [N, T], of the responses ids [N, T] (valid where mask [N, T]) to N prompts (lists of
-    ids) in one forward pass. At the sampler's temperature, or the ratio would not be 1 before the first update."""
+    ids) in one forward pass. At the sampler's temperature: else the gradient is of a policy that drew none of this."""
     lengths = mask.sum(1).tolist()
     rows = [torch.cat([ids.new_tensor(prompt), row[:n]]) for prompt, row, n in zip(prompts, ids, lengths)]
     tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # [N, L], padded on the right
@@ -140,7 +142,7 @@ def update(args, learner, reference, optimizer, prompts, rollouts, advantages, g
     def frozen_logprobs(model):
         return torch.cat([logprobs(model, rows)[0] for rows in torch.arange(P * G, device=device).split(args.micro_batch)])
 
-    learner_logps = frozen_logprobs(learner)  # pi_old: the learner before this step's first update, [N, T]
+    learner_logps = frozen_logprobs(learner)  # pi_old [N, T]: held fixed while theta moves, or nothing would ever clip
     reference_logps = frozen_logprobs(reference) if reference else None
     old_logps, importance = off_policy_correction(args.explorer_ratio, learner_logps, sampler_logps, from_explorer)
 

@@ -5,12 +5,12 @@
     python train.py --learner Qwen/Qwen3-1.7B-Base --explorer Qwen/Qwen3-0.6B-Base --data gsm8k_train.jsonl \\
         --max-new-tokens 512 --micro-batch 4 --lr 1e-6 --dtype bfloat16
 
-`train` is the paper's Algorithm 1, line for line; `Run` loads what it needs and keeps the books. Where a choice is open
-the paper's is the default, but for the explorer's sampling (temperature 1 without nucleus; the paper: 0.7 and 0.95) and
-the KL penalty (off; the paper: 0.001).
+`train` is the paper's Algorithm 1, line for line; `Run` loads what it needs and keeps the books. Defaults that are not the
+paper's: batch and learning rate (a laptop's), the explorer's sampling (temperature 1 without nucleus; the paper: 0.7 and
+0.95) and the KL penalty (off; the paper: 0.001).
 
-Everything random is seeded by (seed, step, purpose), so a step depends on nothing but the weights before it: on a CPU the
-same seed gives the same metrics to the last digit, and a resumed run equals one that was never interrupted.
+Everything random is seeded by (seed, step, purpose), so a step depends on nothing but the weights and the optimiser before
+it: on a CPU the same seed gives the same metrics to the last digit, and a resumed run equals an unbroken one.
 
 Shapes: P prompts a step, G rollouts a prompt (one group).
 """
@@ -92,7 +92,7 @@ def parse_args(argv=None):
     add("--eval-data", help="held-out problems in the same layout; without them nothing is evaluated")
     add = parser.add_argument_group("explorer schedule (anneal.py)").add_argument
     add("--schedule", choices=SCHEDULES, default="linear", help="how the explorer's share of a group changes")
-    add("--mix-steps", type=int, help="T_mix, steps with an explorer; half of --steps where not given")
+    add("--mix-steps", type=int, help="T_mix: from here on the learner is alone (linear); half of --steps if not given")
     add("--explorer-share", type=float, default=0.5, help="the share of --schedule constant")
     add = parser.add_argument_group("rollouts (sample.py)").add_argument
     add("--steps", type=int, default=60, help="T, steps in all")
@@ -106,8 +106,8 @@ def parse_args(argv=None):
     add("--rollout-rows", type=int, default=1024, help="rows sampled at once, in whole groups: lower it to save memory")
     add = parser.add_argument_group("update (grpo.py)").add_argument
     add("--lr", type=float, default=2e-4, help="AdamW's learning rate, constant; 1e-6 for billions of parameters")
-    add("--minibatches", type=int, default=2, help="optimiser steps per update; with 1 the ratio stays 1")
-    add("--micro-batch", type=int, default=256, help="rows per forward pass: lower it to save memory; the loss stays the same")
+    add("--minibatches", type=int, default=2, help="optimiser steps per training step; with 1 the clip does not act")
+    add("--micro-batch", type=int, default=256, help="rows per forward pass: lower it to save memory; the loss is the same")
     add("--loss", choices=LOSSES, default="grpo", help="how tokens are weighted; gspo: one ratio per sequence")
     add("--clip-low", type=float, default=0.2, help="ratios are clipped below at 1 - this")
     add("--clip-high", type=float, default=0.2, help="ratios are clipped above at 1 + this")
