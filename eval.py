@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from tqdm import tqdm
 
 import reward
 from model import load
-from sample import decode, encode_prompt, pick_device, sample
+from sample import add_sampling_flags, decode, encode_prompt, pick_device, sample
 
 
 def pass_at_k(correct, n, k):
@@ -121,15 +122,8 @@ def main():
     add("--problems", type=int, default=0, help="use the first so many problems; 0: all")
     add("--n", type=int, default=64, help="rollouts per problem")
     add("--k", help="comma-separated k of pass@k; powers of two up to n where not given")
-    add("--temperature", type=float, default=1.0, help="0 is greedy")
-    add("--top-k", type=int, default=0, help="0: off")
-    add("--top-p", type=float, default=1.0, help="1: off")
-    add("--presence-penalty", type=float, default=0.0, help="taken off the logits of tokens already written")
-    add("--max-new-tokens", type=int, default=64, help="longest response")
-    add("--seed", type=int, default=0, help="of the rollouts")
-    add("--device", default="auto", help="auto: cuda, then mps, then cpu")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and activations")
-    add("--out", default=".", help="directory for eval.json and pass_at_k.png")
+    add_sampling_flags(add)
+    add("--out", help="directory for eval.json and pass_at_k.png; runs/eval- and the time where not given")
     args = parser.parse_args()
     try:
         ks = [int(k) for k in args.k.split(",")] if args.k else powers_of_two(args.n)
@@ -157,7 +151,7 @@ def main():
     if len(curves) > 1:
         print(f"crossover of the first two: {f'k = {found:.1f}' if found else 'none'}")
 
-    out = Path(args.out)
+    out = Path(args.out or time.strftime("runs/eval-%Y%m%d-%H%M%S"))
     out.mkdir(parents=True, exist_ok=True)
     summary = {"settings": vars(args), "k": ks, "crossover": found, "models": results}
     (out / "eval.json").write_text(json.dumps(summary, indent=2))

@@ -230,9 +230,9 @@ def extract_answer(text):
     if boxed is not None:
         return boxed.strip()
     for marker in ("####", "answer:"):
-        before, found, after = text.lower().rpartition(marker)
-        if found and len(text.lower()) == len(text):  # some letters grow when lowered; then offsets do not carry over
-            return text[len(text) - len(after):].partition("\n")[0].strip(" *")
+        ends = [match.end() for match in re.finditer(marker, text, re.IGNORECASE)]
+        if ends:
+            return text[ends[-1]:].partition("\n")[0].strip(" *#")
     return None
 
 

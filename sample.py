@@ -174,6 +174,18 @@ def decode(rollouts, tokenizer):
             for group in zip(rollouts.ids, rollouts.lengths)]
 
 
+def add_sampling_flags(add):
+    """The flags that sample.py and eval.py share, through an argument parser's add_argument."""
+    add("--max-new-tokens", type=int, default=64, help="longest response")
+    add("--temperature", type=float, default=1.0, help="0 is greedy")
+    add("--top-k", type=int, default=0, help="0: off")
+    add("--top-p", type=float, default=1.0, help="1: off")
+    add("--presence-penalty", type=float, default=0.0, help="taken off the logits of tokens already written")
+    add("--seed", type=int, default=0, help="of the rollouts")
+    add("--device", default="auto", help="auto: cuda, then mps, then cpu")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and activations")
+
+
 def main():
     parser = argparse.ArgumentParser(description="Print completions of one prompt.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -182,14 +194,7 @@ def main():
     add("--prompt", required=True, help="text, given to the model as it is")
     add("--chat", action="store_true", help="wrap the prompt in the tokeniser's chat template")
     add("--n", type=int, default=4, help="completions")
-    add("--max-new-tokens", type=int, default=64, help="longest completion")
-    add("--temperature", type=float, default=1.0, help="0 is greedy")
-    add("--top-k", type=int, default=0, help="0: off")
-    add("--top-p", type=float, default=1.0, help="1: off")
-    add("--presence-penalty", type=float, default=0.0, help="taken off the logits of tokens already written")
-    add("--seed", type=int, default=0, help="of the completions")
-    add("--device", default="auto", help="auto: cuda, then mps, then cpu")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and activations")
+    add_sampling_flags(add)
     args = parser.parse_args()
     try:
         model, tokenizer = load(args.model, pick_device(args.device), getattr(torch, args.dtype))
