@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -729,6 +730,9 @@ def test_a_family_is_made_whole_and_its_problems_are_apart(tmp_path):
 
 @pytest.mark.parametrize("more", [(), ("--dtype", "bfloat16", "--kl-coef", 0.1, "--lr", 1e-2)])
 def test_trap_24_resume_equals_never_having_stopped(more, family, tmp_path):
+    shutil.copytree(family / "explorer", tmp_path / "explorer")  # an explorer with a stop token of its own
+    (tmp_path / "explorer" / "generation_config.json").write_text('{"eos_token_id": [0, 5]}')
+    more = ("--explorer", tmp_path / "explorer", *more)
     straight, lines = train_here(family, tmp_path / "straight", *more)
     assert train_here(family, tmp_path / "again", *more)[1] == lines  # the same seed, the same metrics to the last digit
     assert all(line["grad_norm"] > 0 for line in lines[1:])  # and there was something to learn at every step
@@ -745,11 +749,12 @@ def test_trap_24_resume_equals_never_having_stopped(more, family, tmp_path):
     assert out.returncode == 0, out.stderr
     assert read_metrics(tmp_path / "resumed") == lines
     assert all(torch.equal(a, b) for a, b in zip(weights(tmp_path / "straight").values(), weights(tmp_path / "resumed").values()))
-    if more:
+    assert straight.learner.stop_ids == models.load(tmp_path / "resumed" / "learner")[0].stop_ids == (0, 5)
+    if "--dtype" in more:
         return
-    _, anew = train_here(family, tmp_path / "never", "--resume")  # nothing saved yet: from the beginning
+    _, anew = train_here(family, tmp_path / "never", "--resume", *more)  # nothing saved yet: from the beginning
     assert anew == lines
-    changed = run_cli("train.py", *flags(family, tmp_path / "resumed", "--resume", "--lr", 1e-3))
+    changed = run_cli("train.py", *flags(family, tmp_path / "resumed", "--resume", *more, "--lr", 1e-3))
     assert changed.returncode == 2 and "--lr 0.0002 -> 0.001" in changed.stderr
 
 
@@ -970,7 +975,6 @@ def test_every_problem_comes_once_before_any_comes_again():
 
 
 def test_trap_27_other_tokenizers_are_refused(family, tmp_path):
-    import shutil
     shutil.copytree(family / "explorer", tmp_path / "other")
     text = (tmp_path / "other" / "tokenizer.json").read_text()
     (tmp_path / "other" / "tokenizer.json").write_text(text.replace('"b"', '"B2"'))

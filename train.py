@@ -206,7 +206,7 @@ class Run:
                 self.optimizer.restore(state["optimizer"])
             except Exception as error:  # whatever a damaged file makes of the unpickler
                 raise ValueError(f"{self.out}/checkpoint.pt cannot be read: {' '.join(str(error).split())[:200]}") from None
-            self.first_step = state["step"] + 1
+            self.first_step, self.learner.stop_ids = state["step"] + 1, tuple(state["stop_ids"])
         elif args.resume:
             print(f"--resume: nothing is saved in {self.out} yet, so from the beginning")
         share = lambda step: explorer_share(step, args.mix_steps, args.schedule, args.explorer_share)
@@ -218,7 +218,7 @@ class Run:
             check_lengths(self.explorer, checked, args.max_new_tokens)
             self.explorer.requires_grad_(False)
             # One end for both: else a base learner would learn a stop token of an instruct explorer and not stop at it.
-            self.learner.stop_ids = self.explorer.stop_ids = tuple({*self.learner.stop_ids, *self.explorer.stop_ids})
+            self.learner.stop_ids = self.explorer.stop_ids = tuple(sorted({*self.learner.stop_ids, *self.explorer.stop_ids}))
 
         self.out.mkdir(parents=True, exist_ok=True)
         (self.out / "config.json").write_text(json.dumps(vars(args) | {"resume": False}, indent=2))
@@ -227,8 +227,8 @@ class Run:
         os.replace(self.out / "metrics.partial", self.out / "metrics.jsonl")  # steps after the checkpoint come again
         size = lambda model: f"{sum(p.numel() for p in model.parameters()):,} parameters"
         print(f"learner   {args.learner}: {size(self.learner)}, on {device}")
-        print(f"explorer  {args.explorer}: " + (f"{size(self.explorer)}, frozen, writes until step {self.last_explorer_step} "
-                                                f"of {args.steps}" if self.explorer else "not used"))
+        until = f"frozen, writes until step {self.last_explorer_step} of {args.steps}"
+        print(f"explorer  {args.explorer}: {f'{size(self.explorer)}, {until}' if self.explorer else 'not used'}")
         print(f"problems  {len(self.problems)} to train on, {len(self.eval_problems)} held out; the first prompt:\n"
               f"          {self.tokenizer.decode(self.prompts[0])!r}")
 
@@ -280,7 +280,8 @@ class Run:
             self.bar.update()
             last = self.interrupted or step == self.args.steps
             if last or (self.args.save_every and step % self.args.save_every == 0):
-                torch.save({"step": step, "optimizer": self.optimizer.state()}, self.out / "checkpoint.partial")
+                state = {"step": step, "optimizer": self.optimizer.state(), "stop_ids": self.learner.stop_ids}
+                torch.save(state, self.out / "checkpoint.partial")
                 os.replace(self.out / "checkpoint.partial", self.out / "checkpoint.pt")  # always a whole one
             if last:
                 break
@@ -327,7 +328,8 @@ class Run:
                 print(f"{key.removeprefix('eval_').replace('_', ' '):16}{evals[0][key]:10.3f}{evals[-1][key]:10.3f}")
         print(f"\n{seconds / 60:.1f} minutes, {lines[-1]['step']} steps; everything is in {self.out}: "
               "curve.png, metrics.jsonl, rollouts/, learner/ (a Hugging Face directory)")
-        words = [word for i, word in enumerate(sys.argv) if word not in ("--out", "--resume") and sys.argv[i - 1] != "--out"]
+        words = [word for previous, word in zip(["", *sys.argv], sys.argv)
+                 if word not in ("--out", "--resume") and previous != "--out"]
         again = shlex.join(["python", *words])
         if lines[-1]["step"] < self.args.steps:
             print(f"stopped by Ctrl-C; go on with: {again} --out {self.out} --resume")
