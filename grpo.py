@@ -27,9 +27,9 @@ EXPLORER_RATIOS = ("recompute", "behaviour", "truncated")
 def group_advantages(rewards, scale=True):
     """A [P, G] of rewards [P, G]: each row centred on its mean and, with `scale`, divided by its standard deviation.
 
-    The standard deviation is the unbiased one (ddof 1), as in the authors' trainer. A group of equal rewards teaches
-    nothing and gets exactly 0: rounded, the mean of rewards like 0.7 differs from each of them, and dividing that by a
-    standard deviation near 0 would blow it up.
+    The standard deviation is the unbiased one (ddof 1), plus 1e-6. A group of equal rewards teaches nothing and gets
+    exactly 0: rounded, the mean of rewards like 0.7 differs from each of them, and dividing that by a standard
+    deviation near 0 would blow it up.
     ValueError if G < 2: one rollout is its own baseline."""
     if rewards.shape[1] < 2:
         raise ValueError("a group needs at least 2 rollouts: with one, the reward minus the group's mean is always 0")

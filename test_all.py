@@ -305,6 +305,7 @@ def test_sampling_settings_out_of_range_are_refused(settings):
 
 
 def test_trap_19_the_next_rollout_sees_updated_weights():
+    """Nothing outlives a call of `sample` today; this guards whatever will be kept between calls for speed."""
     model, fresh = tiny_model(seed=0), tiny_model(seed=1)
     settings = dict(prompts=[[5, 6], [7]], n=4, max_new_tokens=12)
     before = sampling.sample(model, generator=seeded(), **settings)
