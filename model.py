@@ -1,14 +1,12 @@
-"""The policy: one decoder-only transformer, its checkpoints, its KV cache, and the log-probabilities RL needs.
+"""The policy: one decoder-only transformer, its checkpoints, and the log-probabilities RL needs.
 
-One class covers Qwen3 (QK-norm), Qwen2 (qkv bias) and Llama (neither). Parameters carry Hugging Face's names, so a
-checkpoint loads without renaming, and the tiny models of this repository and Qwen3-8B come in through the same door.
+One class covers Qwen3 (QK-norm), Qwen2 (qkv bias) and Llama (neither): the tiny models of this repository and Qwen3-8B
+come in through the same door. It runs whole sequences; sample.py has the step that appends one token to cached ones.
 
-Two conventions remove whole families of bugs:
-  * batches are padded on the RIGHT. A causal model never looks right, so padding needs no mask in training and
-    a token's position is simply its index;
-  * cache slot == position. A row of length n writes its next key into slot n, overwriting whatever padding is there.
+Batches are padded on the RIGHT: a causal model never looks right, so padding needs no mask, and a token's position is
+simply its index.
 
-Shapes: B rows, T tokens, D hidden, H query heads, K key/value heads, h head size, S cache slots, V vocabulary, N = B*T.
+Shapes: B rows, T tokens, D hidden, H query heads, K key/value heads, h head size, I MLP, V vocabulary, N = B*T.
 """
 import functools
 import json
@@ -67,68 +65,65 @@ class Config:
             qkv_bias=kind == "qwen2")
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight, the mean square taken in fp32 whatever the model's dtype."""
+def rms_norm(x, weight, eps, dim=-1):
+    """x / rms(x) * weight over one dimension, the mean square taken in fp32 whatever the model's dtype."""
+    x32 = x.float()
+    return weight * (x32 * torch.rsqrt(x32.square().mean(dim, keepdim=True) + eps)).to(x.dtype)
 
+
+class RMSNorm(nn.Module):
     def __init__(self, size, eps):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
     def forward(self, x):
-        x32 = x.float()
-        x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * x32.to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
-def rotary(positions, head_dim, theta, dtype):
-    """cos and sin of each position's rotation angles: [B, T] -> two of [B, 1, T, h]. Angles in fp32."""
-    frequency = theta ** (-torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)
-    angle = positions[:, None, :, None].float() * frequency  # [B, 1, T, h/2]
-    angle = torch.cat([angle, angle], dim=-1)  # channel i is paired with channel i + h/2
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+def rotary(positions, c: Config, dtype):
+    """cos and sin of each position's rotation angles, both [..., h] for positions [...]. Angles in fp32. Channel i is
+    paired with channel i + h/2, and the sine carries the sign with which the partner enters."""
+    frequency = c.rope_theta ** (-torch.arange(0, c.head_dim, 2, device=positions.device).float() / c.head_dim)
+    angle = positions[..., None].float() * frequency  # [..., h/2]
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
 
 
-def rotate(x, cos, sin):
-    """Rotates each channel pair of x [B, heads, T, h] by its position's angle."""
-    left, right = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-right, left], dim=-1) * sin
+def rotate(x, cos, sin, dim=-1):
+    """Rotates each channel pair by its position's angle: (left, right) -> (left cos - right sin, right cos + left sin)."""
+    return x * cos + x.roll(x.shape[dim] // 2, dim) * sin
 
 
 class Attention(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
+        self.heads = [c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads]  # of q, k and v
         self.head_dim = c.head_dim
-        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=c.qkv_bias)
-        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.qkv_bias)
-        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.qkv_bias)
+        self.qkv_proj = nn.Linear(c.hidden_size, sum(self.heads) * c.head_dim, bias=c.qkv_bias)
         self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
         self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
 
-    def forward(self, x, cos, sin, kv=None, positions=None, mask=None):
-        split = lambda y: y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, T, H*h] -> [B, H, T, h]
-        q = rotate(self.q_norm(split(self.q_proj(x))), cos, sin)
-        k = rotate(self.k_norm(split(self.k_proj(x))), cos, sin)
-        v = split(self.v_proj(x))
-        if kv is not None:
-            slots = positions[:, None, :, None].expand_as(k)  # [B, K, T, h]: each row writes at its own positions
-            kv[0].scatter_(2, slots, k)
-            kv[1].scatter_(2, slots, v)
-            k, v = kv[:, :, :, :mask.shape[-1]]  # the slots in use: [B, K, S, h] each
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+    def forward(self, x, cos, sin, kv=None):
+        qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, T, D] -> [B, H+2K, T, h]
+        q, k, v = qkv.split(self.heads, dim=1)
+        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
+        if kv is not None:  # prefill: keep them for the decoding steps to come
+            kv[0, :, :, :x.shape[1]], kv[1, :, :, :x.shape[1]] = k, v
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).flatten(2))  # [B, H, T, h] -> [B, T, H*h] -> [B, T, D]
 
 
 class SwiGLU(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
-        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.gate_up_proj = nn.Linear(c.hidden_size, 2 * c.intermediate_size, bias=False)
         self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)  # [B, T, D] -> 2 x [B, T, I]
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -139,30 +134,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = SwiGLU(c)
 
-    def forward(self, x, *attention_inputs):
-        x = x + self.self_attn(self.input_layernorm(x), *attention_inputs)
+    def forward(self, x, cos, sin, kv=None):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, kv)
         return x + self.mlp(self.post_attention_layernorm(x))
-
-
-class KVCache:
-    """Keys and values seen so far: one preallocated tensor [2, B, K, S, h] per layer, and each row's length [B].
-
-    Zeros, not `empty`: a masked slot still enters the attention sum as 0 * value, and 0 * NaN is NaN.
-    """
-
-    def __init__(self, model, rows, slots):
-        c, weight = model.config, model.embed_tokens.weight
-        shape = (2, rows, c.num_key_value_heads, slots, c.head_dim)
-        self.layers = [torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in model.layers]
-        self.lengths = torch.zeros(rows, dtype=torch.long, device=weight.device)
-        self.used = 0  # slots any row has written; attention reads no further
-
-    def select(self, rows, slots):
-        """Keeps these rows [R] (repeats allowed, so one prompt can serve its whole group), with room for `slots`."""
-        for i, kv in enumerate(self.layers):  # layer by layer, so that only one is ever held twice
-            self.layers[i] = kv.new_zeros(2, len(rows), kv.shape[2], slots, kv.shape[4])
-            self.layers[i][:, :, :, :self.used] = kv[:, rows, :, :self.used]
-        self.lengths = self.lengths[rows]
 
 
 class Transformer(nn.Module):
@@ -184,24 +158,13 @@ class Transformer(nn.Module):
         weight = self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
         return weight[:self.num_tokens]
 
-    def forward(self, ids, cache=None):
-        """Final hidden states [B, T, D] of ids [B, T]; multiply by `head.T` for logits.
-
-        With a cache, row b's tokens stand at positions cache.lengths[b] .. +T-1 and attend to its cached prefix.
-        The caller then advances cache.lengths, by each row's true number of tokens."""
-        T = ids.shape[1]
-        positions = torch.arange(T, device=ids.device)[None]  # [1, T]
-        kv_layers, mask = [None] * len(self.layers), None
-        if cache is not None:
-            positions = cache.lengths[:, None] + positions  # [B, T]
-            cache.used += T
-            slots = torch.arange(cache.used, device=ids.device)
-            mask = slots <= positions[:, None, :, None]  # [B, 1, T, S]
-            kv_layers = cache.layers
+    def forward(self, ids, kv_layers=None):
+        """Final hidden states [B, T, D] of ids [B, T]; multiply by `head.T` for logits. With kv_layers, a tensor
+        [2, B, K, >= T, h] for each layer, the tokens' keys and values are written there."""
         x = self.embed_tokens(ids)
-        cos, sin = rotary(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
-        for layer, kv in zip(self.layers, kv_layers):
-            x = layer(x, cos, sin, kv, positions, mask)
+        cos, sin = rotary(torch.arange(ids.shape[1], device=ids.device), self.config, x.dtype)  # [T, h] each
+        for layer, kv in zip(self.layers, kv_layers or [None] * len(self.layers)):
+            x = layer(x, cos, sin, kv)
         return self.norm(x)
 
 
@@ -298,12 +261,11 @@ def fused_logprobs(hidden, weight, targets, temperature=1.0, chunk=1024):
 SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def read_safetensors(path, convert=lambda tensor: tensor):
-    """{name: tensor} of a safetensors file: 8 bytes n, n bytes of JSON {name: dtype, shape, data_offsets}, raw data.
-
-    The file is memory-mapped and copied tensor by tensor through `convert`, so the peak is one copy of the weights.
+def read_safetensors(path):
+    """Yields (name, tensor) of a safetensors file: 8 bytes n, n bytes of JSON {name: dtype, shape, data_offsets}, raw
+    data. The file is memory-mapped and copied tensor by tensor.
     ValueError if the file is damaged or cut short, or holds another dtype."""
-    size, tensors = os.path.getsize(path), {}
+    size = os.path.getsize(path)
     raw = torch.from_file(str(path), dtype=torch.uint8, size=size) if size else torch.zeros(0, dtype=torch.uint8)
     start = 8 + int.from_bytes(raw[:8].numpy().tobytes(), "little")
     try:
@@ -317,8 +279,7 @@ def read_safetensors(path, convert=lambda tensor: tensor):
         if last > size or entry["dtype"] not in SAFETENSORS_DTYPES:
             raise ValueError(f"{path}: {name} is cut short or not of dtype {', '.join(SAFETENSORS_DTYPES)}")
         data = raw[first:last].clone()  # the copy is aligned, whatever the header's length
-        tensors[name] = convert(data.view(SAFETENSORS_DTYPES[entry["dtype"]]).view(entry["shape"]))
-    return tensors
+        yield name, data.view(SAFETENSORS_DTYPES[entry["dtype"]]).view(entry["shape"])
 
 
 def write_safetensors(path, tensors):
@@ -349,6 +310,20 @@ def find_file(source, name, required=True):
     return path
 
 
+def hf_weights(model):
+    """{Hugging Face's name: view into our weights}: loading copies into the views, saving writes them. Only here do the
+    names differ: q, k, v and gate, up, which all read the same input, are one matrix each, hence one GEMM."""
+    head_dim, weights = model.config.head_dim, {}
+    parts = {"qkv_proj": (("q_proj", "k_proj", "v_proj"), [n * head_dim for n in model.layers[0].self_attn.heads]),
+             "gate_up_proj": (("gate_proj", "up_proj"), [model.config.intermediate_size] * 2)}
+    for name, weight in model.state_dict().items():
+        name = name if name.startswith("lm_head") else "model." + name
+        fused = next((fused for fused in parts if fused in name), None)
+        names, sizes = parts.get(fused, ([fused], [len(weight)]))
+        weights |= {name.replace(fused, part) if fused else name: w for part, w in zip(names, weight.split(sizes))}
+    return weights
+
+
 def load(source, device="cpu", dtype=torch.float32):
     """(model, tokenizer) from a Hugging Face directory or hub name. Weights are held once, plus one tensor.
     ValueError: a file is missing or broken, or the architecture is not implemented."""
@@ -359,20 +334,22 @@ def load(source, device="cpu", dtype=torch.float32):
         config = Config.from_hf(hf)
     except (ValueError, KeyError) as error:
         raise ValueError(f"{config_file}: {f'no {error}' if isinstance(error, KeyError) else error}") from None
-    with torch.device("meta"):  # shapes only; load_state_dict(assign=True) puts the tensors in
+    with torch.device("meta"):  # shapes only: no time is spent on random weights
         model = Transformer(config)
+    model = model.to(dtype).to_empty(device=device)
     index = find_file(source, "model.safetensors.index.json", required=False)
     shards = sorted(set(json.loads(Path(index).read_text())["weight_map"].values())) if index else ["model.safetensors"]
-    tensors = {}
+    missing = hf_weights(model)
     for shard in shards:
-        tensors |= read_safetensors(find_file(source, shard), lambda t: t.to(device, dtype))
-    tensors = {name.removeprefix("model."): t for name, t in tensors.items()}
-    if config.tie_word_embeddings:
-        tensors.pop("lm_head.weight", None)  # some exporters write the tied matrix twice
-    try:
-        model.load_state_dict(tensors, assign=True)
-    except RuntimeError as error:
-        raise ValueError(f"{source}: weights and config.json disagree: {' '.join(str(error).split())[:300]}") from None
+        for name, tensor in read_safetensors(find_file(source, shard)):
+            if name == "lm_head.weight" and config.tie_word_embeddings:
+                continue  # some exporters write the tied matrix twice
+            if name not in missing or missing[name].shape != tensor.shape:
+                raise ValueError(f"{source}: weights and config.json disagree: {shard} has {name} {list(tensor.shape)}"
+                                 + (f", not {list(missing[name].shape)}" if name in missing else ", which is not wanted"))
+            missing.pop(name).copy_(tensor)
+    if missing:
+        raise ValueError(f"{source}: weights and config.json disagree: no {', '.join(missing)}"[:300])
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         model.num_tokens = min(1 + max(tokenizer.get_vocab().values()), config.vocab_size)
@@ -393,6 +370,5 @@ def save(model, tokenizer, directory):
     dtype = str(model.norm.weight.dtype).removeprefix("torch.")
     (directory / "config.json").write_text(json.dumps(model.hf_config | {"dtype": dtype}, indent=2))
     (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": list(model.stop_ids)}))
-    names = {name: name if name.startswith("lm_head") else "model." + name for name in model.state_dict()}
-    write_safetensors(directory / "model.safetensors", {names[n]: t for n, t in model.state_dict().items()})
+    write_safetensors(directory / "model.safetensors", hf_weights(model))
     tokenizer.save_pretrained(directory)

@@ -3,11 +3,15 @@
     python sample.py --model runs/family-habit/learner --prompt "Bfa483920=" --n 4
 
 A group of G rollouts shares its prompt, so the prompt is prefilled once and its cache copied to the G rows. Rows that
-drew a stop token leave the batch. Prompts of different lengths need no padding tricks: cache slot == position (model.py).
+drew a stop token leave the batch, and waiting prompts take their place. Cache slot == position: a row of n tokens writes
+its next key into slot n, so prompts of different lengths need no padding tricks.
 Each rollout carries the log-probability of its tokens under the distribution they were really drawn from: after
 penalty, temperature, top-k and top-p.
 
-Shapes: P prompts, G rollouts each, T response tokens, R rows still in the batch, V vocabulary.
+Read `sample` for the loop, `decode_step` for one token through the network, `draw` for logits to token.
+
+Shapes: P prompts, G rollouts each, T response tokens, R rows in flight, S cache slots, V vocabulary; D hidden, H query
+heads, K key/value heads, h head size.
 """
 import argparse
 import sys
@@ -16,7 +20,7 @@ from dataclasses import dataclass, fields
 import torch
 import torch.nn.functional as F
 
-from model import KVCache, load
+from model import load, rms_norm, rotary, rotate
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 
@@ -61,18 +65,94 @@ def draw(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
         p, order = logits.softmax(-1).sort(descending=True)  # [R, V] each
         outside = p.cumsum(-1) - p >= top_p  # [R, V] in order of likelihood
         logits = logits.masked_fill(torch.empty_like(outside).scatter_(1, order, outside), -torch.inf)
-    logps = logits.log_softmax(-1)
-    cdf = logps.exp().cumsum(-1)  # [R, V]
-    total = cdf[:, -1:]  # [R, 1]
-    target = uniform[:, None].clamp(max=1 - 2 ** -22) * total  # strictly below total, also after rounding
+    p = logits.softmax(-1)
+    cdf = p.cumsum(-1)  # [R, V]
+    target = uniform[:, None].clamp(max=1 - 2 ** -22) * cdf[:, -1:]  # strictly below the sum, also after rounding
     token = torch.searchsorted(cdf, target, right=True)  # first id with cdf > target, so never one of probability 0
-    return token.squeeze(1), logps.gather(1, token).squeeze(1)
+    return token.squeeze(1), p.gather(1, token).squeeze(1).log()
+
+
+class KVCache:
+    """Keys and values of the rows in flight: a tensor [2, R, K, S, h] per layer, and each row's number of tokens [R].
+
+    Zeros, not `empty`: a masked slot still enters the attention sum as 0 * value, and 0 * NaN is NaN."""
+
+    def __init__(self, model, rows, slots):
+        c, weight = model.config, model.embed_tokens.weight
+        self.layers = [weight.new_zeros(2, rows, c.num_key_value_heads, slots, c.head_dim) for _ in model.layers]
+        self.lengths = torch.zeros(rows, dtype=torch.long, device=weight.device)
+
+    def select(self, rows):
+        """Keeps these rows [R]. Repeats are allowed, so one prompt can serve its whole group."""
+        for i, kv in enumerate(self.layers):  # layer by layer, so that only one is ever held twice
+            self.layers[i] = kv[:, rows]
+        self.lengths = self.lengths[rows]
+
+    def put(self, rows, other):
+        """Overwrites these rows with the rows of another cache, of as many slots or fewer. What an earlier rollout left in
+        the slots behind is masked until it is overwritten too."""
+        for kv, new in zip(self.layers, other.layers):
+            kv[:, rows, :, :new.shape[3]] = new
+        self.lengths[rows] = other.lengths
+
+
+def prefill(model, prompts, n):
+    """(logits [P*n, V] of the first response token, cache) for n rows of each of P prompts; each prompt is run once."""
+    device, slots = model.norm.weight.device, max(map(len, prompts))
+    cache = KVCache(model, len(prompts), slots)
+    cache.lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    padded = torch.tensor([prompt + [0] * (slots - len(prompt)) for prompt in prompts], device=device)
+    hidden = model(padded, cache.layers)  # [P, slots, D]
+    logits = hidden[torch.arange(len(prompts), device=device), cache.lengths - 1] @ model.head.T  # [P, D] -> [P, V]
+    group = torch.arange(len(prompts), device=device).repeat_interleave(n)  # [P*n]
+    cache.select(group)
+    return logits.float()[group], cache
+
+
+def decode_step(model, tokens, cache):
+    """Logits [R, V] of what follows tokens [R], whose keys and values go to slot cache.lengths of each row; the caller
+    then advances cache.lengths. The same network as Transformer.forward, for one token a row and written for speed:
+
+      * a row is a column here, x [D, R], and a layer is W @ x. With few rows x @ W.T leaves all but one core idle: BLAS
+        shares out the rows. W @ x is shared out by output feature (1.4 times the speed on two cores);
+      * q and k are rotated together, and the H/K query heads that share a key head form one small GEMM with it."""
+    c, R = model.config, len(tokens)
+    H, K, h, eps = c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.rms_norm_eps
+    norm = lambda x, module: rms_norm(x, module.weight[:, None], eps, dim=0)
+    used = int(cache.lengths.max()) + 1  # slots in use: attention reads no further
+    heads = torch.arange(2 * R * K, device=tokens.device).view(2, R, K)
+    write = (heads * cache.layers[0].shape[3] + cache.lengths[:, None]).flatten()  # where the new k and v go in [2*R*K*S, h]
+    x = model.embed_tokens(tokens).T.contiguous()  # [D, R]
+    cos, sin = (angles.T.contiguous() for angles in rotary(cache.lengths, c, x.dtype))  # [h, R] each
+    visible = torch.arange(used, device=tokens.device) <= cache.lengths.repeat_interleave(K)[:, None]  # [R*K, S]
+    mask = torch.zeros(visible.shape, dtype=x.dtype, device=x.device).masked_fill(~visible, -torch.inf)[:, None]
+    for layer, kv in zip(model.layers, cache.layers):
+        attn, mlp = layer.self_attn, layer.mlp
+        qkv = attn.qkv_proj.weight @ norm(x, layer.input_layernorm)  # [(H+2K)*h, D] @ [D, R]
+        if c.qkv_bias:
+            qkv = qkv + attn.qkv_proj.bias[:, None]
+        qk, v = qkv.view(H + 2 * K, h, R).split([H + K, K])
+        if c.qk_norm:
+            weight = torch.cat([attn.q_norm.weight.expand(H, h), attn.k_norm.weight.expand(K, h)])
+            qk = rms_norm(qk, weight[..., None], eps, dim=1)
+        qk = rotate(qk, cos, sin, dim=1)
+        kv.view(-1, h).index_copy_(0, write, torch.stack([qk[H:], v]).permute(0, 3, 1, 2).reshape(-1, h))
+        keys, values = kv[:, :, :, :used].flatten(1, 2)  # [R*K, S, h] each
+        q = qk[:H].view(K, H // K, h, R).permute(3, 0, 1, 2).flatten(0, 1)  # [R*K, H/K, h]
+        if x.dtype == torch.float32:  # for one query a head, faster than SDPA's CPU kernel
+            y = torch.baddbmm(mask, q, keys.transpose(1, 2), alpha=h ** -0.5).softmax(-1) @ values
+        else:
+            y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+        x = x + attn.o_proj.weight @ y.reshape(R, H * h).T
+        gate, up = (mlp.gate_up_proj.weight @ norm(x, layer.post_attention_layernorm)).chunk(2)  # [I, R] each
+        x = x + mlp.down_proj.weight @ (F.silu(gate) * up)
+    return (model.head @ norm(x, model.norm)).T.float().contiguous()  # [V, D] @ [D, R] -> [R, V]
 
 
 @torch.no_grad()
 def sample(model, prompts, n, generator, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, presence_penalty=0.0,
            rows=1024, from_explorer=False):
-    """Rollouts of `n` responses to each prompt (a list of id lists), about `rows` rows at once (groups are not split).
+    """Rollouts of `n` responses to each prompt (a list of id lists), at most max(rows, n) at once.
 
     `generator` is a CPU torch.Generator: the same one gives the same uniform numbers on every device.
     ValueError for settings out of range, and if a prompt and max_new_tokens do not fit the model's context."""
@@ -80,58 +160,49 @@ def sample(model, prompts, n, generator, max_new_tokens, temperature=1.0, top_k=
         raise ValueError(f"cannot sample n={n}, max_new_tokens={max_new_tokens}, temperature={temperature}, top_k={top_k}, "
                          f"top_p={top_p}: n and max_new_tokens start at 1, the others at 0, top_p lies in (0, 1]")
     check_lengths(model, prompts, max_new_tokens)
-    uniform = torch.rand(len(prompts), n, max_new_tokens, generator=generator)
-    settings = (max_new_tokens, temperature, top_k, top_p, presence_penalty)
-    at_once = max(1, rows // n)
-    parts = [_sample_batch(model, prompts[i:i + at_once], uniform[i:i + at_once], *settings)
-             for i in range(0, len(prompts), at_once)]
-    ids, lengths, logps, finished = (torch.cat(part) for part in zip(*parts))
-    return Rollouts(ids, lengths, logps, finished, torch.full_like(finished, from_explorer))
-
-
-def _sample_batch(model, prompts, uniform, max_new_tokens, temperature, top_k, top_p, presence_penalty):
-    device, (P, G, T) = model.norm.weight.device, uniform.shape
-    prompt_lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    longest = max(len(prompt) for prompt in prompts)
-    padded = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=device)
+    P, G, T, device = len(prompts), n, max_new_tokens, model.norm.weight.device
+    uniform = torch.rand(P, G, T, generator=generator).flatten(0, 1).to(device)  # [P*G, T]
     stops = torch.tensor(model.stop_ids, device=device, dtype=torch.long)
-
-    cache = KVCache(model, P, longest)
-    hidden = model(padded, cache)  # [P, longest, D]: each prompt is prefilled once ...
-    cache.lengths = prompt_lengths
-    group = torch.arange(P, device=device).repeat_interleave(G)  # [P*G]
-    last = hidden[torch.arange(P, device=device), prompt_lengths - 1][group]  # [P*G, D]
-    cache.select(group, slots=longest + T - 1)  # ... and copied to its G rows; the last token is never fed back
-
-    ids = torch.zeros(P * G, T, dtype=torch.long, device=device)
-    logps = torch.zeros(P * G, T, device=device)
+    ids = torch.zeros(P * G, T + 1, dtype=torch.long, device=device)  # column T takes what finished rows still draw
+    logps = torch.zeros(P * G, T + 1, device=device)
     lengths = torch.zeros(P * G, dtype=torch.long, device=device)
     finished = torch.zeros(P * G, dtype=torch.bool, device=device)
-    uniform = uniform.flatten(0, 1).to(device)  # [P*G, T]
     seen = torch.zeros(P * G, len(model.head), dtype=torch.bool, device=device) if presence_penalty else None
-    active = torch.arange(P * G, device=device)  # which output row each batch row writes
-    for t in range(T):
-        logits = (last @ model.head.T).float()  # [R, D] @ [D, V] -> [R, V]
+
+    R, waiting = G * min(P, max(1, rows // G)), prompts  # rows in flight; a group enters as a whole
+    cache = KVCache(model, R, slots=max(map(len, prompts)) + T)
+    active, token = torch.zeros(2, R, dtype=torch.long, device=device)  # which rollout each row writes; its last token
+    running = torch.zeros(R, dtype=torch.bool, device=device)
+    while waiting or running.any():
+        idle, entering = (~running).nonzero().squeeze(1), []
+        if len(idle) >= 0.25 * len(running):  # not at every finish: to enter costs a prefill, to leave a copy of the cache
+            if waiting:
+                entering, waiting = waiting[:len(idle) // G], waiting[len(idle) // G:]
+            else:
+                keep = running.nonzero().squeeze(1)
+                cache.select(keep)
+                active, token, running = active[keep], token[keep], running[keep]
+        # [R, V]; idle rows decode too, at a slot that they do not advance, and what they draw is thrown away below
+        logits = decode_step(model, token, cache) if running.any() else torch.zeros(R, len(model.head), device=device)
+        cache.lengths += running
+        if entering:
+            seats, last = idle[:len(entering) * G], (P - len(waiting)) * G
+            active[seats] = torch.arange(last - len(seats), last, device=device)
+            logits[seats], first_cache = prefill(model, entering, G)
+            cache.put(seats, first_cache)
+            running[seats] = True
         if presence_penalty:
             logits -= presence_penalty * seen[active]
-        token, logp = draw(logits, uniform[active, t], temperature, top_k, top_p)
-        running = ~finished[active]
-        ids[active, t], logps[active, t] = token * running, logp * running  # a finished row emits nothing
+        t = torch.where(running, lengths[active], T)  # [R]
+        token, logp = draw(logits, uniform[active, t.clamp(max=T - 1)], temperature, top_k, top_p)
+        ids[active, t], logps[active, t] = token, logp
         lengths[active] += running
-        finished[active] |= torch.isin(token, stops)
+        finished[active] |= running & torch.isin(token, stops)
+        running = running & ~finished[active] & (t < T - 1)
         if presence_penalty:
             seen[active, token] = True
-        running = ~finished[active]
-        alive = int(running.sum())
-        if alive == 0 or t == T - 1:
-            break
-        if alive <= 0.75 * len(active):  # compacting copies the cache, so not at every finish
-            keep = running.nonzero().squeeze(1)
-            active, token = active[keep], token[keep]
-            cache.select(keep, slots=longest + T - 1)
-        last = model(token[:, None], cache)[:, 0]  # [R, 1, D] -> [R, D]
-        cache.lengths += 1  # of finished rows too, until they leave: what they compute is thrown away
-    return tuple(x.unflatten(0, (P, G)) for x in (ids, lengths, logps, finished))
+    ids, lengths, logps, finished = (x.unflatten(0, (P, G)) for x in (ids[:, :T], lengths, logps[:, :T], finished))
+    return Rollouts(ids, lengths, logps, finished, torch.full_like(finished, from_explorer))
 
 
 def pick_device(name):

@@ -1,0 +1,74 @@
+"""What the benchmarks share: interleaved timing, peak memory, models of random weights with their transformers twin."""
+import os
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import model as models  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SMOLLM2 = dict(model_type="llama", vocab_size=49_152, hidden_size=576, intermediate_size=1_536, num_hidden_layers=30,
+               num_attention_heads=9, num_key_value_heads=3, head_dim=64)  # SmolLM2-135M
+TINY = dict(model_type="qwen3", vocab_size=512, hidden_size=128, intermediate_size=384, num_hidden_layers=4,
+            num_attention_heads=4, num_key_value_heads=2, head_dim=32)  # 0.85M parameters
+QWEN3_06B = dict(model_type="qwen3", vocab_size=151_936, hidden_size=1_024, intermediate_size=3_072, num_hidden_layers=28,
+                 num_attention_heads=16, num_key_value_heads=8, head_dim=128)
+
+
+def machine():
+    """One line for the head of each table: ratios travel between machines, absolute figures do not."""
+    import transformers
+    name = torch.cuda.get_device_name() if DEVICE == "cuda" else platform.processor() or platform.machine()
+    return (f"{name}, {torch.get_num_threads()} threads of {os.cpu_count()} cores, torch {torch.__version__}, "
+            f"transformers {transformers.__version__}")
+
+
+def pair(config, dtype=torch.float32):
+    """(our model, transformers' model) of the same random weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    full = dict(config, rms_norm_eps=1e-6, max_position_embeddings=4_096, tie_word_embeddings=True, hidden_act="silu",
+                rope_parameters={"rope_type": "default", "rope_theta": 1e4})
+    torch.manual_seed(0)
+    theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**full)).to(DEVICE, dtype).eval()
+    ours = models.Transformer(models.Config.from_hf(full)).to(DEVICE, dtype)
+    weights = theirs.state_dict()
+    with torch.no_grad():
+        for name, weight in models.hf_weights(ours).items():
+            weight.copy_(weights[name])
+    ours.stop_ids = (0,)
+    return ours, theirs
+
+
+def interleaved(functions, repeats=5):
+    """{name: median seconds} of {name: function}: one unmeasured round, then rounds of one call each, so that whatever
+    else the machine does falls on all of them alike."""
+    seconds = {name: [] for name in functions}
+    for round in range(repeats + 1):
+        for name, function in functions.items():
+            if DEVICE == "cuda":
+                torch.cuda.synchronize()
+            started = time.perf_counter()
+            function()
+            if DEVICE == "cuda":
+                torch.cuda.synchronize()
+            if round:
+                seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+TARGETS = []
+
+
+def target(name, measured, goal, at_least=False):
+    """Notes a ratio to be printed by `report`: at most `goal`, or at least."""
+    ok = measured >= goal if at_least else measured <= goal
+    TARGETS.append(f"TARGET {name} {measured:.3g} {'>=' if at_least else '<='}{goal:g} {'ok' if ok else 'short'}")
+
+
+def report():
+    print("\n" + "\n".join(TARGETS))
