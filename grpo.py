@@ -122,7 +122,8 @@ def response_logprobs(model, prompts, ids, mask, temperature=1.0):
     first = torch.tensor([len(prompt) - 1 for prompt in prompts], device=ids.device)[:, None]
     predicts = (positions >= first) & (positions < first + mask.sum(1, keepdim=True))  # [N, L-1]
     hidden = model(tokens[:, :-1])[predicts]  # [N, L-1, D] -> [response tokens, D], row by row
-    logps, entropies = fused_logprobs(hidden, model.head, tokens[:, 1:][predicts], temperature)
+    logps, entropies = fused_logprobs(hidden, model.head, tokens[:, 1:][predicts], temperature,
+                                      compile=model.compiled)
     blank = torch.zeros(mask.shape, device=ids.device)
     return blank.masked_scatter(mask, logps), blank.masked_scatter(mask, entropies)
 

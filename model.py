@@ -150,6 +150,7 @@ class Transformer(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.num_tokens = config.vocab_size  # load() lowers it to the tokeniser's size
         self.stop_ids = ()
+        self.compiled = False  # whether decode_step and the log-prob kernel go through torch.compile: train.py --compile
 
     @property
     def head(self):
@@ -177,35 +178,36 @@ def naive_logprobs(hidden, weight, targets, temperature=1.0):
     return logits.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
 
 
-def _accumulate_chunk(hidden, weight, local, inverse_temperature, peak, total, weighted, picked):
-    """Online log-sum-exp: folds one chunk of the vocabulary, weight [C, D], into per-token statistics, each [N]:
+def _fold_chunk(z, local, inverse_temperature, peak, total, weighted, picked):
+    """Online log-sum-exp: folds the logits z [N, C] of one chunk of the vocabulary into per-token statistics, each [N]:
     peak = max z, total = sum e^(z-peak), weighted = sum e^(z-peak) z (for the entropy), picked = the target's z."""
-    z = (hidden @ weight.T).float() * inverse_temperature  # [N, C]
+    z = z.float() * inverse_temperature
     new_peak = torch.maximum(peak, z.amax(-1))
     rescale = (peak - new_peak).exp()
     e = (z - new_peak[:, None]).exp()
-    here = (local >= 0) & (local < weight.shape[0])
-    target_z = z.gather(1, local.clamp(0, weight.shape[0] - 1)[:, None]).squeeze(1)
+    here = (local >= 0) & (local < z.shape[1])
+    target_z = z.gather(1, local.clamp(0, z.shape[1] - 1)[:, None]).squeeze(1)
     return (new_peak, total * rescale + e.sum(-1), weighted * rescale + (e * z).sum(-1),
             torch.where(here, target_z, picked))
 
 
-def _chunk_grad(hidden, weight, local, inverse_temperature, lse, grad):
-    """d loss / d logits [N, C] of one chunk. From log pi = z_target - lse:  dz = grad * (onehot - softmax) / T."""
-    z = (hidden @ weight.T).float() * inverse_temperature
-    onehot = local[:, None] == torch.arange(weight.shape[0], device=weight.device)
-    return ((onehot.float() - (z - lse[:, None]).exp()) * (grad * inverse_temperature)[:, None]).to(hidden.dtype)
+def _chunk_grad_(z, local, inverse_temperature, lse, grad):
+    """Logits z [N, C] of one chunk -> d loss / d logits, in place. From log pi = z_target - lse, with z = logits / T:
+    d loss / d logits = grad * (onehot - softmax) / T."""
+    onehot = local[:, None] == torch.arange(z.shape[1], device=z.device)
+    softmax = (z.float() * inverse_temperature - lse[:, None]).exp()
+    z.copy_((onehot.float() - softmax) * (grad * inverse_temperature)[:, None])
 
 
 @functools.cache
-def _compiled(function):
+def compiled(function):
     """torch.compile(function); where that fails, for want of a C++ compiler say, `function` itself and one warning."""
     def run(*inputs):
         nonlocal chosen
         try:
             return chosen(*inputs)
         except torch._dynamo.exc.TorchDynamoException as error:
-            warnings.warn(f"the log-prob kernel runs uncompiled, correct but slower: {str(error).splitlines()[0]}")
+            warnings.warn(f"{function.__name__} runs uncompiled, correct but slower: {str(error).splitlines()[0]}")
             chosen = function
             return function(*inputs)
     chosen = torch.compile(function, dynamic=True)
@@ -214,46 +216,51 @@ def _compiled(function):
 
 class _FusedLogProb(torch.autograd.Function):
     """Nothing of size [N, V] ever exists: the forward keeps one number per token and statistic, the backward computes
-    each chunk's logits again (four GEMMs where the naive version needs three). torch.compile fuses what lies between."""
+    each chunk's logits again (four GEMMs where the naive version needs three). The GEMMs write to one buffer [N, C];
+    torch.compile, when asked for, fuses what is done to it into one pass over memory."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, chunk):
-        # Compiling costs seconds and pays once the vocabulary spans many chunks. For MPS it is a prototype.
-        ctx.compile = (lambda f: f) if weight.shape[0] <= chunk or hidden.device.type == "mps" else _compiled
-        accumulate = ctx.compile(_accumulate_chunk)
+    def forward(ctx, hidden, weight, targets, temperature, chunk, compile):
+        fold = compiled(_fold_chunk) if compile else _fold_chunk
         N = hidden.shape[0]
         stats = (hidden.new_full((N,), -torch.inf, dtype=torch.float32),
                  *(hidden.new_zeros(N, dtype=torch.float32) for _ in range(3)))
+        buffer = hidden.new_empty(N, chunk)
         for start in range(0, weight.shape[0], chunk):
-            stats = accumulate(hidden, weight[start:start + chunk], targets - start, 1 / temperature, *stats)
+            w = weight[start:start + chunk]
+            z = torch.mm(hidden, w.T, out=buffer[:, :len(w)])  # [N, D] @ [D, C] -> [N, C]
+            stats = fold(z, targets - start, 1 / temperature, *stats)
         peak, total, weighted, picked = stats
         lse = peak + total.log()
         entropy = lse - weighted / total  # H = -sum p log p = lse - E[z]
         ctx.save_for_backward(hidden, weight, targets, lse)
-        ctx.temperature, ctx.chunk = temperature, chunk
+        ctx.settings = temperature, chunk, compile
         ctx.mark_non_differentiable(entropy)
         return picked - lse, entropy
 
     @staticmethod
     def backward(ctx, grad, _):
         hidden, weight, targets, lse = ctx.saved_tensors
-        chunk_grad = ctx.compile(_chunk_grad)
+        temperature, chunk, compile = ctx.settings
+        chunk_grad_ = compiled(_chunk_grad_) if compile else _chunk_grad_
         d_hidden = torch.zeros_like(hidden, dtype=torch.float32)  # summed over chunks, so kept in fp32
         d_weight = torch.empty_like(weight)
-        for start in range(0, weight.shape[0], ctx.chunk):
-            w = weight[start:start + ctx.chunk]
-            dz = chunk_grad(hidden, w, targets - start, 1 / ctx.temperature, lse, grad)  # [N, C]
+        buffer = hidden.new_empty(hidden.shape[0], chunk)
+        for start in range(0, weight.shape[0], chunk):
+            w = weight[start:start + chunk]
+            dz = torch.mm(hidden, w.T, out=buffer[:, :len(w)])
+            chunk_grad_(dz, targets - start, 1 / temperature, lse, grad)  # [N, C]
             d_hidden += dz @ w  # [N, C] @ [C, D] -> [N, D]
-            d_weight[start:start + ctx.chunk] = dz.T @ hidden  # [C, N] @ [N, D] -> [C, D]
-        return d_hidden.to(hidden.dtype), d_weight, None, None, None
+            torch.mm(dz.T, hidden, out=d_weight[start:start + chunk])  # [C, N] @ [N, D] -> [C, D]
+        return d_hidden.to(hidden.dtype), d_weight, None, None, None, None
 
 
-def fused_logprobs(hidden, weight, targets, temperature=1.0, chunk=1024):
+def fused_logprobs(hidden, weight, targets, temperature=1.0, chunk=1024, compile=False):
     """(log pi(target), entropy), each [N] in fp32, of hidden [N, D], weight [V, D], targets [N].
 
     Equals `naive_logprobs` in value and gradient; but for the gradient itself its memory does not grow with V. The
     entropy is the tempered distribution's and carries no gradient (the paper's entropy coefficient is 0)."""
-    return _FusedLogProb.apply(hidden, weight, targets, temperature, chunk)
+    return _FusedLogProb.apply(hidden, weight, targets, temperature, min(chunk, len(weight)), compile)
 
 
 # ---- checkpoints: ordinary Hugging Face directories ---------------------------------------------------------------

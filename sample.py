@@ -20,7 +20,7 @@ from dataclasses import dataclass, fields
 import torch
 import torch.nn.functional as F
 
-from model import load, rms_norm, rotary, rotate
+from model import compiled, load, rms_norm, rotary, rotate
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 
@@ -109,9 +109,9 @@ def prefill(model, prompts, n):
     return logits.float()[group], cache
 
 
-def decode_step(model, tokens, cache):
+def decode_step(model, tokens, cache, used):
     """Logits [R, V] of what follows tokens [R], whose keys and values go to slot cache.lengths of each row; the caller
-    then advances cache.lengths. The same network as Transformer.forward, for one token a row and written for speed:
+    then advances cache.lengths. Attention reads the first `used` slots. The same network as Transformer.forward, for one token a row and written for speed:
 
       * a row is a column here, x [D, R], and a layer is W @ x. With few rows x @ W.T leaves all but one core idle: BLAS
         shares out the rows. W @ x is shared out by output feature (1.4 times the speed on two cores);
@@ -119,7 +119,6 @@ def decode_step(model, tokens, cache):
     c, R = model.config, len(tokens)
     H, K, h, eps = c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.rms_norm_eps
     norm = lambda x, module: rms_norm(x, module.weight[:, None], eps, dim=0)
-    used = int(cache.lengths.max()) + 1  # slots in use: attention reads no further
     heads = torch.arange(2 * R * K, device=tokens.device).view(2, R, K)
     write = (heads * cache.layers[0].shape[3] + cache.lengths[:, None]).flatten()  # where the new k and v go in [2*R*K*S, h]
     x = model.embed_tokens(tokens).T.contiguous()  # [D, R]
@@ -173,6 +172,7 @@ def sample(model, prompts, n, generator, max_new_tokens, temperature=1.0, top_k=
     cache = KVCache(model, R, slots=max(map(len, prompts)) + T)
     active, token = torch.zeros(2, R, dtype=torch.long, device=device)  # which rollout each row writes; its last token
     running = torch.zeros(R, dtype=torch.bool, device=device)
+    step = compiled(decode_step) if model.compiled else decode_step
     while waiting or running.any():
         idle, entering = (~running).nonzero().squeeze(1), []
         if len(idle) >= 0.25 * len(running):  # not at every finish: to enter costs a prefill, to leave a copy of the cache
@@ -183,7 +183,10 @@ def sample(model, prompts, n, generator, max_new_tokens, temperature=1.0, top_k=
                 cache.select(keep)
                 active, token, running = active[keep], token[keep], running[keep]
         # [R, V]; idle rows decode too, at a slot that they do not advance, and what they draw is thrown away below
-        logits = decode_step(model, token, cache) if running.any() else torch.zeros(R, len(model.head), device=device)
+        if running.any():
+            logits = step(model, token, cache, int(cache.lengths.max()) + 1)
+        else:
+            logits = torch.zeros(R, len(model.head), device=device)
         cache.lengths += running
         if entering:
             seats, last = idle[:len(entering) * G], (P - len(waiting)) * G

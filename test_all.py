@@ -183,12 +183,13 @@ def fused_case(dtype, tokens=40, vocabulary=3000, hidden=48):
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
-@pytest.mark.parametrize("chunk", [1024, 4096])  # compiled, over several chunks of which the last is short; and a single one
-def test_fused_logprobs_equal_the_naive_ones(dtype, tolerance, chunk):
+@pytest.mark.parametrize("compile", [True, False])
+@pytest.mark.parametrize("chunk", [1024, 4096])  # several chunks, of which the last is short; and a single one
+def test_fused_logprobs_equal_the_naive_ones(dtype, tolerance, chunk, compile):
     h, w, targets, upstream = fused_case(dtype)
     for temperature in (1.0, 0.7):
         naive = models.naive_logprobs(h, w, targets, temperature)
-        fused, entropy = models.fused_logprobs(h, w, targets, temperature, chunk=chunk)
+        fused, entropy = models.fused_logprobs(h, w, targets, temperature, chunk, compile)
         assert fused.dtype == torch.float32 and torch.allclose(fused, naive, atol=1e-4)
         p = ((h @ w.T).float() / temperature).softmax(-1)
         assert torch.allclose(entropy, -(p * p.log().clamp(min=-1e4)).sum(-1), atol=1e-4)
@@ -196,7 +197,7 @@ def test_fused_logprobs_equal_the_naive_ones(dtype, tolerance, chunk):
             assert (ours - reference).abs().max() <= tolerance * reference.abs().max()
 
 
-def test_fused_logprobs_never_hold_tokens_by_vocabulary(monkeypatch):
+def test_fused_logprobs_never_hold_tokens_by_vocabulary():
     class Largest(TorchDispatchMode):
         seen = 0
 
@@ -205,7 +206,6 @@ def test_fused_logprobs_never_hold_tokens_by_vocabulary(monkeypatch):
             Largest.seen = max([Largest.seen] + [x.numel() for x in torch.utils._pytree.tree_leaves(out) if isinstance(x, torch.Tensor)])
             return out
 
-    monkeypatch.setattr(models, "_compiled", lambda f: f)  # the same chunks, in the open
     h, w, targets, upstream = fused_case(torch.float32, tokens=200, hidden=8)
     with Largest():
         models.fused_logprobs(h, w, targets, chunk=256)[0].backward(upstream)
@@ -302,9 +302,11 @@ def test_sampling_settings_out_of_range_are_refused(settings):
         sampling.sample(tiny_model(), [[5]], **{"n": 1, "generator": seeded(), "max_new_tokens": 2} | settings)
 
 
-def test_trap_19_the_next_rollout_sees_updated_weights():
-    """Nothing outlives a call of `sample` today; this guards whatever will be kept between calls for speed."""
+@pytest.mark.parametrize("compile", [False, True])
+def test_trap_19_the_next_rollout_sees_updated_weights(compile):
+    """Neither the eager step nor a compiled one keeps anything of the weights between calls; and both draw the same."""
     model, fresh = tiny_model(seed=0), tiny_model(seed=1)
+    model.compiled = compile
     settings = dict(prompts=[[5, 6], [7]], n=4, max_new_tokens=12)
     before = sampling.sample(model, generator=seeded(), **settings)
     with torch.no_grad():
@@ -313,6 +315,43 @@ def test_trap_19_the_next_rollout_sees_updated_weights():
     after = sampling.sample(model, generator=seeded(), **settings)
     assert torch.equal(after.ids, sampling.sample(fresh, generator=seeded(), **settings).ids) and not torch.equal(after.ids, before.ids)
     assert torch.allclose(recomputed(fresh, settings["prompts"], after)[0], after.logps, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind, options", [("qwen3", {}), ("qwen2", {}), ("llama", {"num_key_value_heads": 1})])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.15)])
+def test_decode_step_equals_the_whole_sequence_forward(kind, options, dtype, tolerance):
+    """The fast path against its slow reference: rows of different lengths, one token appended to each."""
+    model = tiny_model(model_type=kind, scale=0.2, **options)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "norm" in name or "bias" in name:
+                p.add_(torch.randn(p.shape, generator=seeded(3)) * 0.3)
+        model = model.to(dtype)
+        prompts, tokens = [[5, 6], [7, 8, 9, 10, 11, 3, 2], [1]], torch.tensor([4, 9, 2, 2, 7, 3])
+        _, prefilled = sampling.prefill(model, prompts, 2)
+        cache = sampling.KVCache(model, 6, 9)
+        cache.put(torch.arange(6), prefilled)
+        logits = sampling.decode_step(model, tokens, cache, 8)
+        for row, token, prompt in zip(logits, tokens.tolist(), [prompt for prompt in prompts for _ in range(2)]):
+            expected = model(torch.tensor([prompt + [token]]))[0, -1] @ model.head.T
+            assert (row - expected.float()).abs().max() < tolerance < 0.3 * expected.std()
+
+
+def test_freed_rows_are_refilled_with_waiting_prompts():
+    """Many prompts through few rows: the same rollouts as all at once, in fewer steps than batch after batch."""
+    model, prompts = tiny_model(scale=0.25), [[i % 20 + 1, 5][:1 + i % 2] for i in range(24)]
+    whole = sampling.sample(model, prompts, 4, seeded(), 30)
+    steps = []
+    original, sampling.decode_step = sampling.decode_step, lambda *a: (steps.append(len(a[1])), original(*a))[1]
+    try:
+        few = sampling.sample(model, prompts, 4, seeded(), 30, rows=16)
+    finally:
+        sampling.decode_step = original
+    for name in ("ids", "lengths", "finished"):
+        assert torch.equal(getattr(few, name), getattr(whole, name))
+    assert torch.allclose(few.logps, whole.logps, atol=1e-5)
+    one_batch_after_the_other = sum(whole.lengths[i:i + 4].max().item() - 1 for i in range(0, 24, 4))
+    assert max(steps) == 16 and len(steps) < 0.9 * one_batch_after_the_other
 
 
 def test_a_row_does_not_depend_on_the_rows_beside_it():
