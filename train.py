@@ -35,6 +35,7 @@ from grpo import EXPLORER_RATIOS, LOSSES, Optimizer, group_advantages, update
 from model import load, save
 from sample import check_lengths, decode, encode_prompt, mix, pick_device, sample
 
+COMPILE_FROM = 5_000_000  # tokens: where torch.compile has earned its minute on the laptop's models (bench/README.md)
 LEARNER, EXPLORER, MINIBATCH, EVALUATION = range(4)  # what a random stream is for
 
 
@@ -124,6 +125,8 @@ def parse_args(argv=None):
     add("--seed", type=int, default=0, help="of problems' order, rollouts and mini-batches")
     add("--device", default="auto", help="auto: cuda, then mps, then cpu")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights; updates are made in float32")
+    add("--compile", choices=("auto", "on", "off"), default="auto",
+        help="torch.compile of decoding step and log-prob kernel: about a minute; auto: where enough tokens are to be written")
     add("--out", help="directory of the run; runs/ and the time where not given")
     return parser.parse_args(argv)
 
@@ -167,7 +170,7 @@ def resolve_args(args):
     if config.exists() and not args.resume:
         raise ValueError(f"{args.out} already holds a run: --resume continues it, another --out starts anew")
     if config.exists():
-        before, free = json.loads(config.read_text()), {"resume", "out", "device", "eval_every", "save_every"}
+        before, free = json.loads(config.read_text()), {"resume", "out", "device", "compile", "eval_every", "save_every"}
         changed = [f"--{name.replace('_', '-')} {before.get(name)} -> {value}" for name, value in vars(args).items()
                    if name not in free and before.get(name) != value]
         if changed:
@@ -193,6 +196,8 @@ class Run:
         device, dtype = pick_device(args.device), getattr(torch, args.dtype)
         self.args, self.out, self.interrupted, self.warned = args, Path(args.out), False, False
         self.learner, self.tokenizer = load(args.learner, device, dtype)
+        tokens = args.steps * args.prompts_per_step * args.group_size * args.max_new_tokens
+        self.learner.compiled = args.compile == "on" or (args.compile == "auto" and tokens >= COMPILE_FROM and device != "mps")
         self.problems = reward.load_problems(args.data)
         self.eval_problems = reward.load_problems(args.eval_data)[:args.eval_problems] if args.eval_data else []
         self.prompts = [encode_prompt(problem, self.tokenizer) for problem in self.problems]
@@ -217,6 +222,7 @@ class Run:
             check_tokenizers(self.tokenizer, explorer_tokenizer)
             check_lengths(self.explorer, checked, args.max_new_tokens)
             self.explorer.requires_grad_(False)
+            self.explorer.compiled = self.learner.compiled
             # One end for both: else a base learner would learn a stop token of an instruct explorer and not stop at it.
             self.learner.stop_ids = self.explorer.stop_ids = tuple(sorted({*self.learner.stop_ids, *self.explorer.stop_ids}))
 
@@ -229,6 +235,8 @@ class Run:
         print(f"learner   {args.learner}: {size(self.learner)}, on {device}")
         until = f"frozen, writes until step {self.last_explorer_step} of {args.steps}"
         print(f"explorer  {args.explorer}: {f'{size(self.explorer)}, {until}' if self.explorer else 'not used'}")
+        print(f"compile   {'on' if self.learner.compiled else 'off'} (--compile {args.compile}: up to {tokens:,} tokens to "
+              f"write, on from {COMPILE_FROM:,})")
         print(f"problems  {len(self.problems)} to train on, {len(self.eval_problems)} held out; the first prompt:\n"
               f"          {self.tokenizer.decode(self.prompts[0])!r}")
 

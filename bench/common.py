@@ -1,4 +1,5 @@
 """What the benchmarks share: interleaved timing, peak memory, models of random weights with their transformers twin."""
+import ctypes
 import os
 import platform
 import statistics
@@ -59,6 +60,24 @@ def interleaved(functions, repeats=5):
             if round:
                 seconds[name].append(time.perf_counter() - started)
     return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def peak_memory(function):
+    """Bytes that `function` needs at its peak beyond what is held before and what it returns."""
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        kept = function()
+        return torch.cuda.max_memory_allocated() - max(before, torch.cuda.memory_allocated() if kept is not None else 0)
+    def rss(field):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # freed memory that malloc hoards is not held
+        return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(field))
+
+    before = rss("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark starts anew
+    kept = function()
+    peak = rss("VmHWM")
+    return peak - max(before, rss("VmRSS") if kept is not None else 0)
 
 
 TARGETS = []
