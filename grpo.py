@@ -143,9 +143,10 @@ def update(args, learner, reference, optimizer, prompts, rollouts, advantages, g
     def frozen_logprobs(model):
         return torch.cat([logprobs(model, rows)[0] for rows in torch.arange(P * G, device=device).split(args.micro_batch)])
 
-    learner_logps = frozen_logprobs(learner)  # pi_old [N, T]: held fixed while theta moves, or nothing would ever clip
+    # pi_old [N, T] is held fixed while theta moves, or nothing would ever clip. Before a single update it does not move,
+    # and the update's own forward pass gives the same numbers.
+    learner_logps = frozen_logprobs(learner) if args.minibatches > 1 else None
     reference_logps = frozen_logprobs(reference) if reference else None
-    old_logps, importance = off_policy_correction(args.explorer_ratio, learner_logps, sampler_logps, from_explorer)
 
     losses, kls, grad_norms, parts = [], [], [], []
     for groups in torch.randperm(P, generator=generator).to(device).tensor_split(args.minibatches):
@@ -153,7 +154,9 @@ def update(args, learner, reference, optimizer, prompts, rollouts, advantages, g
         all_weights = token_weights(mask[minibatch], args.loss, args.max_new_tokens)
         for rows, weights in zip(minibatch.split(args.micro_batch), all_weights.split(args.micro_batch)):
             logps, entropies = logprobs(learner, rows)
-            loss, ratio, clipped = policy_loss(logps, old_logps[rows], A[rows], weights * importance[rows], mask[rows],
+            before = logps.detach() if learner_logps is None else learner_logps[rows]
+            old_logps, importance = off_policy_correction(args.explorer_ratio, before, sampler_logps[rows], from_explorer[rows])
+            loss, ratio, clipped = policy_loss(logps, old_logps, A[rows], weights * importance, mask[rows],
                                                args.clip_low, args.clip_high, sequence_ratio=args.loss == "gspo")
             if reference:
                 kl = kl_penalty(logps, reference_logps[rows], weights, mask[rows], args.kl_estimator)
@@ -162,12 +165,11 @@ def update(args, learner, reference, optimizer, prompts, rollouts, advantages, g
             loss.backward()
             optimizer.accumulate()
             losses.append(loss.item())
-            parts.append((rows, ratio, clipped.float(), entropies.detach()))
+            parts.append((rows, ratio, clipped.float(), entropies, (before - sampler_logps[rows]).abs()))
         grad_norms.append(optimizer.step(args.max_grad_norm))
 
-    order, ratio, clipped, entropies = map(torch.cat, zip(*parts))  # every row once, in the order it was trained on
-    per_token = {"ratio": ratio, "clip_fraction": clipped, "entropy": entropies,
-                 "logp_gap": (learner_logps - sampler_logps).abs()[order]}
+    order, ratio, clipped, entropies, gap = map(torch.cat, zip(*parts))  # every row once, in the order it was trained on
+    per_token = {"ratio": ratio, "clip_fraction": clipped, "entropy": entropies, "logp_gap": gap}
     metrics = {"loss": sum(losses) / args.minibatches, "kl": sum(kls) / args.minibatches if reference else None,
                "grad_norm": float(np.mean(grad_norms)), "skipped_updates": int(np.sum(~np.isfinite(grad_norms)))}
     for suffix, which in (("", torch.ones_like(from_explorer)), ("_explorer", from_explorer), ("_learner", ~from_explorer)):

@@ -83,35 +83,34 @@ class KVCache:
         self.lengths = torch.zeros(rows, dtype=torch.long, device=weight.device)
 
     def select(self, rows):
-        """Keeps these rows [R]. Repeats are allowed, so one prompt can serve its whole group."""
+        """Keeps these rows [R] and frees the others' memory."""
         for i, kv in enumerate(self.layers):  # layer by layer, so that only one is ever held twice
             self.layers[i] = kv[:, rows]
         self.lengths = self.lengths[rows]
 
-    def put(self, rows, other):
-        """Overwrites these rows with the rows of another cache, of as many slots or fewer. What an earlier rollout left in
-        the slots behind is masked until it is overwritten too."""
+    def put(self, rows, other, which):
+        """Overwrites these rows [R'] with the rows `which` [R'] of another cache of as many slots or fewer. What an earlier
+        rollout left in the slots behind is masked until it is overwritten too."""
         for kv, new in zip(self.layers, other.layers):
-            kv[:, rows, :, :new.shape[3]] = new
-        self.lengths[rows] = other.lengths
+            kv[:, rows, :, :new.shape[3]] = new[:, which]
+        self.lengths[rows] = other.lengths[which]
 
 
-def prefill(model, prompts, n):
-    """(logits [P*n, V] of the first response token, cache) for n rows of each of P prompts; each prompt is run once."""
+def prefill(model, prompts):
+    """(logits [P, V] of the first response token, cache of P rows) for P prompts (lists of ids), each run once."""
     device, slots = model.norm.weight.device, max(map(len, prompts))
     cache = KVCache(model, len(prompts), slots)
     cache.lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     padded = torch.tensor([prompt + [0] * (slots - len(prompt)) for prompt in prompts], device=device)
     hidden = model(padded, cache.layers)  # [P, slots, D]
-    logits = hidden[torch.arange(len(prompts), device=device), cache.lengths - 1] @ model.head.T  # [P, D] -> [P, V]
-    group = torch.arange(len(prompts), device=device).repeat_interleave(n)  # [P*n]
-    cache.select(group)
-    return logits.float()[group], cache
+    last = hidden[torch.arange(len(prompts), device=device), cache.lengths - 1]  # [P, D]
+    return (last @ model.head.T).float(), cache
 
 
 def decode_step(model, tokens, cache, used):
     """Logits [R, V] of what follows tokens [R], whose keys and values go to slot cache.lengths of each row; the caller
-    then advances cache.lengths. Attention reads the first `used` slots. The same network as Transformer.forward, for one token a row and written for speed:
+    then advances cache.lengths. Attention reads the first `used` slots, which must reach one beyond the longest row.
+    The same network as Transformer.forward, for one token a row and written for speed:
 
       * a row is a column here, x [D, R], and a layer is W @ x. With few rows x @ W.T leaves all but one core idle: BLAS
         shares out the rows. W @ x is shared out by output feature (1.4 times the speed on two cores);
@@ -189,11 +188,12 @@ def sample(model, prompts, n, generator, max_new_tokens, temperature=1.0, top_k=
             logits = torch.zeros(R, len(model.head), device=device)
         cache.lengths += running
         if entering:
-            seats, last = idle[:len(entering) * G], (P - len(waiting)) * G
-            active[seats] = torch.arange(last - len(seats), last, device=device)
-            logits[seats], first_cache = prefill(model, entering, G)
-            cache.put(seats, first_cache)
-            running[seats] = True
+            seats, end = idle[:len(entering) * G], (P - len(waiting)) * G
+            active[seats] = torch.arange(end - len(seats), end, device=device)
+            first_logits, prompt_cache = prefill(model, entering)
+            group = torch.arange(len(entering), device=device).repeat_interleave(G)  # each prompt serves its G rows
+            cache.put(seats, prompt_cache, group)
+            logits[seats], running[seats] = first_logits[group], True
         if presence_penalty:
             logits -= presence_penalty * seen[active]
         t = torch.where(running, lengths[active], T)  # [R]

@@ -328,9 +328,9 @@ def test_decode_step_equals_the_whole_sequence_forward(kind, options, dtype, tol
                 p.add_(torch.randn(p.shape, generator=seeded(3)) * 0.3)
         model = model.to(dtype)
         prompts, tokens = [[5, 6], [7, 8, 9, 10, 11, 3, 2], [1]], torch.tensor([4, 9, 2, 2, 7, 3])
-        _, prefilled = sampling.prefill(model, prompts, 2)
+        _, prefilled = sampling.prefill(model, prompts)
         cache = sampling.KVCache(model, 6, 9)
-        cache.put(torch.arange(6), prefilled)
+        cache.put(torch.arange(6), prefilled, torch.tensor([0, 0, 1, 1, 2, 2]))
         logits = sampling.decode_step(model, tokens, cache, 8)
         for row, token, prompt in zip(logits, tokens.tolist(), [prompt for prompt in prompts for _ in range(2)]):
             expected = model(torch.tensor([prompt + [token]]))[0, -1] @ model.head.T

@@ -29,19 +29,25 @@ def machine():
             f"transformers {transformers.__version__}")
 
 
+def full(config):
+    return dict(config, rms_norm_eps=1e-6, max_position_embeddings=4_096, tie_word_embeddings=True, hidden_act="silu",
+                rope_parameters={"rope_type": "default", "rope_theta": 1e4})
+
+
+def config_of(config):
+    return models.Config.from_hf(full(config))
+
+
 def pair(config, dtype=torch.float32):
     """(our model, transformers' model) of the same random weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
-    full = dict(config, rms_norm_eps=1e-6, max_position_embeddings=4_096, tie_word_embeddings=True, hidden_act="silu",
-                rope_parameters={"rope_type": "default", "rope_theta": 1e4})
     torch.manual_seed(0)
-    theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**full)).to(DEVICE, dtype).eval()
-    ours = models.Transformer(models.Config.from_hf(full)).to(DEVICE, dtype)
+    theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**full(config))).to(DEVICE, dtype).eval()
+    ours = models.Transformer(config_of(config)).to(DEVICE, dtype)
     weights = theirs.state_dict()
     with torch.no_grad():
         for name, weight in models.hf_weights(ours).items():
             weight.copy_(weights[name])
-    ours.stop_ids = (0,)
     return ours, theirs
 
 

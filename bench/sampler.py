@@ -2,7 +2,8 @@
 
     python bench/sampler.py
 
-Random weights (the work does not depend on them), 64 prompt and 64 new tokens, temperature 1, no nucleus, on both sides."""
+Random weights (the work does not depend on them), prompts of 64 tokens, 64 new ones (SmolLM2: 32), temperature 1, no
+nucleus, on both sides. "compiled" is train.py's --compile on; its compile time is in the unmeasured first round."""
 from unittest import mock
 
 import torch
@@ -14,8 +15,8 @@ from sample import KVCache, sample
 L = T = 64
 
 
-def ours(model, prompts, n, stop=False, new=T, **settings):
-    model.stop_ids = (0,) if stop else ()
+def ours(model, prompts, n, stop=False, new=T, compile=False, **settings):
+    model.stop_ids, model.compiled = (0,) if stop else (), compile
     return sample(model, prompts.tolist(), n, torch.Generator().manual_seed(0), new, **settings)
 
 
@@ -26,36 +27,40 @@ def theirs(model, prompts, n, processor=None, new=T):
                               logits_processor=LogitsProcessorList([processor] if processor else []))
 
 
-def gemms(model, rows, prompts):
-    """The products with a weight that sampling cannot do without: a prompt's once, then T - 1 single tokens. Without
-    norms, rotation, attention, cache and drawing."""
+def gemms(model, prompts, n, new):
+    """The products with a weight that sampling cannot do without: each prompt's once, then new - 1 single tokens a row.
+    Without norms, rotation, attention, cache and drawing."""
     layers = [(layer.self_attn.qkv_proj.weight, layer.self_attn.o_proj.weight, layer.mlp.gate_up_proj.weight,
                layer.mlp.down_proj.weight) for layer in model.layers]
     inputs = {(size, columns): torch.randn(size, columns, device=DEVICE, dtype=model.norm.weight.dtype)
-              for size in {w.shape[1] for layer in layers for w in layer} for columns in (rows, prompts * L, prompts)}
+              for size in {w.shape[1] for layer in layers for w in layer} for columns in (prompts * n, prompts * L, prompts)}
 
     @torch.no_grad()
     def run():
-        for columns, repeats in ((prompts * L, 1), (rows, T - 1)):
+        for repeats, columns, to_logits in ((1, prompts * L, prompts), (new - 1, prompts * n, prompts * n)):
             for _ in range(repeats):
                 for layer in layers:
                     for weight in layer:
                         weight @ inputs[weight.shape[1], columns]
-                model.head @ inputs[model.head.shape[1], min(columns, rows) if repeats > 1 else prompts]
+                model.head @ inputs[model.head.shape[1], to_logits]
     return run
 
 
-def against_generate(label, config, prompts, n, goal, repeats, dtype=torch.float32, gemm_goal=None):
+def against_generate(label, config, prompts, n, goal, new=T, repeats=5, dtype=torch.float32, compile=False, gemm_goal=None):
     model, twin = pair(config, dtype)
     ids = torch.randint(1, config["vocab_size"], (prompts, L), device=DEVICE)
-    runs = {"sample": lambda: ours(model, ids, n), "model.generate": lambda: theirs(twin, ids, n)}
+    runs = {"sample": lambda: ours(model, ids, n, new=new), "model.generate": lambda: theirs(twin, ids, n, new=new)}
+    if compile:
+        runs["sample, compiled"] = lambda: ours(model, ids, n, new=new, compile=True)
     if gemm_goal:
-        runs["its GEMMs alone"] = gemms(model, prompts * n, prompts)
+        runs["its GEMMs alone"] = gemms(model, prompts, n, new)
     seconds = interleaved(runs, repeats)
-    print(f"\n{label}: {prompts} prompts x {n} rollouts")
+    print(f"\n{label}: {prompts} prompts x {n} rollouts x {new} tokens")
     for name, s in seconds.items():
-        print(f"  {name:20}{s:9.3f} s {prompts * n * T / s:12,.0f} tokens/s")
+        print(f"  {name:20}{s:9.3f} s {prompts * n * new / s:12,.0f} tokens/s")
     target(f"{label}_vs_generate", seconds["model.generate"] / seconds["sample"], goal, at_least=True)
+    if compile:
+        target(f"{label}_compiled_vs_generate", seconds["model.generate"] / seconds["sample, compiled"], goal, at_least=True)
     if gemm_goal:
         target(f"{label}_of_gemm_rate", seconds["its GEMMs alone"] / seconds["sample"], gemm_goal, at_least=True)
 
@@ -82,9 +87,9 @@ def mixed_lengths():
     uniform = torch.rand(prompts, n, T) * 0.95 + 0.05
     uniform.scatter_(2, lengths[..., None] - 1, 0.0)
 
-    def ours_mixed(rows):
+    def ours_mixed(rows, compile=False):
         with mock.patch("torch.rand", return_value=uniform):
-            r = ours(model, ids, n, stop=True, rows=rows)
+            r = ours(model, ids, n, stop=True, rows=rows, compile=compile)
         assert torch.equal(r.lengths, lengths)
 
     def theirs_mixed():
@@ -93,11 +98,13 @@ def mixed_lengths():
             theirs(twin, ids[i:i + half], n, StopAt(lengths[i:i + half].flatten()))
 
     seconds = interleaved({"sample": lambda: ours_mixed(in_flight), "model.generate": theirs_mixed,
+                           "sample, compiled": lambda: ours_mixed(in_flight, compile=True),
                            "sample, all 256 rows at once": lambda: ours_mixed(prompts * n)}, 5)
     print(f"\ntiny, lengths 8..64: {prompts} prompts x {n}, {in_flight} rows in flight")
     for name, s in seconds.items():
         print(f"  {name:30}{s:9.3f} s {lengths.sum().item() / s:12,.0f} useful tokens/s")
-    target("tiny_mixed_lengths_vs_generate", seconds["model.generate"] / seconds["sample"], 3.0, at_least=True)
+    for name, label in (("sample", ""), ("sample, compiled", "compiled_")):
+        target(f"tiny_mixed_lengths_{label}vs_generate", seconds["model.generate"] / seconds[name], 3.0, at_least=True)
 
 
 def scaling():
@@ -124,16 +131,16 @@ def scaling():
 
 
 def on_a_gpu():
-    global L, T
-    L = T = 256
-    against_generate("qwen3_0.6b_256_rows", QWEN3_06B, 32, 8, 4.0, 3, torch.bfloat16)
+    global L
+    L = new = 256
+    against_generate("qwen3_0.6b_256_rows", QWEN3_06B, 32, 8, 4.0, new, dtype=torch.bfloat16, compile=True)
     model, _ = pair(QWEN3_06B, torch.bfloat16)
     ids = torch.randint(1, QWEN3_06B["vocab_size"], (32, L), device=DEVICE)
     block = torch.empty(2 ** 30, dtype=torch.uint8, device=DEVICE)
-    seconds = interleaved({"sample": lambda: ours(model, ids, 8), "copy": block.clone}, 5)
+    seconds = interleaved({"sample": lambda: ours(model, ids, 8, new=new, compile=True), "copy": block.clone}, 5)
     weights = sum(p.nbytes for p in model.parameters())
-    kv = sum(2 * 256 * 8 * (L + t) * 128 * 2 * 28 for t in range(T))  # bf16: rows x key heads x slots x head size x layers
-    roofline = (weights * T + kv) / (2 * block.nbytes / seconds["copy"])
+    kv = sum(2 * 256 * 8 * (L + t) * 128 * 2 * 28 for t in range(new))  # bf16: rows x key heads x slots x head size x layers
+    roofline = (weights * new + kv) / (2 * block.nbytes / seconds["copy"])
     target("qwen3_0.6b_of_bandwidth_roofline", roofline / seconds["sample"], 0.35, at_least=True)
 
 
@@ -142,8 +149,8 @@ if __name__ == "__main__":
     if DEVICE == "cuda":
         on_a_gpu()
     else:
-        against_generate("tiny", TINY, 16, 8, 2.3, 7)
-        #        against_generate("smollm2", SMOLLM2, 2, 8, 1.9, 5, gemm_goal=0.85)
+        against_generate("tiny", TINY, 16, 8, 2.3, compile=True)
+        against_generate("smollm2", SMOLLM2, 2, 8, 1.9, new=32, gemm_goal=0.85)
         mixed_lengths()
         scaling()
     report()

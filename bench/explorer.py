@@ -1,0 +1,50 @@
+"""What the explorer saves: rollout time and FLOPs of S2L-PO against plain GRPO, over a whole run's schedule.
+
+    python bench/explorer.py
+
+T_mix is half of the steps, as in the paper's best runs and train.py's default. Both methods write the same number of
+rollouts of the same length. Random weights; one pair has the laptop family's sizes, the other the paper's ratio."""
+import torch
+from common import TINY, config_of, interleaved, machine, report, target
+
+import model as models
+from anneal import explorer_share, split_group
+from sample import sample
+
+P, G, L, T, STEPS = 16, 16, 12, 16, 60
+pair = lambda *sizes: [dict(TINY, hidden_size=d, intermediate_size=3 * d, num_hidden_layers=n, head_dim=d // 4) for d, n in sizes]
+HABIT = pair((64, 3), (32, 2))  # train.py's laptop family: learner, explorer
+PAPER = pair((256, 6), (128, 5))  # an explorer of about a fifth of the learner, as Qwen3-1.7B is of 8B
+
+
+def flops(config, rows):
+    """Two per weight and token, for prompts (once each) and all but the last response token; attention left out."""
+    weights = sum(p.numel() for p in models.Transformer(config_of(config)).parameters())
+    return 2 * weights * (P * L + rows * (T - 1))
+
+
+def run(label, learner, explorer):
+    torch.manual_seed(0)
+    both = [models.Transformer(config_of(config)) for config in (learner, explorer)]
+    for model in both:
+        model.stop_ids = ()
+    prompts = torch.randint(0, learner["vocab_size"], (P, L)).tolist()
+    split = [split_group(explorer_share(step, STEPS // 2), G) for step in range(1, STEPS + 1)]
+    # Every different split is timed once a round, and counted as often as the schedule has it.
+    times = {n: (lambda n=n: [sample(model, prompts, k, torch.Generator().manual_seed(0), T)
+                              for model, k in zip(both, (G - n, n)) if k]) for n in range(G + 1)}
+    seconds = interleaved(times, 5)
+    mixed, alone = sum(seconds[n] for n, _ in split), STEPS * seconds[0]
+    work = sum((flops(explorer, P * n) if n else 0) + (flops(learner, P * m) if m else 0) for n, m in split)
+    of_flops = work / (STEPS * flops(learner, P * G))
+    print(f"\n{label}: the explorer writes {sum(n for n, _ in split) / (STEPS * G):.0%} of {STEPS} x {P} x {G} rollouts\n"
+          f"  rollouts of a whole run   GRPO {alone:.1f} s   S2L-PO {mixed:.1f} s   FLOPs {of_flops:.2f} of GRPO's")
+    target(f"{label}_rollout_seconds_of_grpo", mixed / alone, 0.8)
+    target(f"{label}_rollout_flops_of_grpo", of_flops, 0.8)
+
+
+if __name__ == "__main__":
+    print(machine())
+    run("laptop_family", *HABIT)
+    run("one_fifth", *PAPER)
+    report()

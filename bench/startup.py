@@ -1,0 +1,47 @@
+"""Seconds from `python train.py` to its first training step, with the laptop family there.
+
+    python bench/startup.py              makes the family in runs/ first if it is missing (some minutes, once)
+
+The run evaluates both base models before its first step, by default on 256 problems x 32 rollouts; that is measured on its
+own."""
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from common import machine, report, target
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def seconds_to_first_step(*flags):
+    with tempfile.TemporaryDirectory() as out:
+        started, metrics = time.perf_counter(), Path(out, "run", "metrics.jsonl")
+        command = [sys.executable, "train.py", "--steps", "1", "--out", str(metrics.parent), *flags]
+        run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            while run.poll() is None:
+                lines = metrics.read_text().splitlines() if metrics.exists() else []
+                if lines and json.loads(lines[-1])["step"] == 1:
+                    return time.perf_counter() - started
+                time.sleep(0.01)
+        finally:
+            run.kill()
+            run.wait()
+    raise RuntimeError(f"{' '.join(command)} ended before its first step")
+
+
+if __name__ == "__main__":
+    if not (ROOT / "runs" / "family-habit").exists():
+        subprocess.run([sys.executable, "recipes/family.py"], cwd=ROOT, check=True)
+    few = ("--eval-problems", "1", "--eval-n", "2")
+    bare, whole = ([seconds_to_first_step(*flags) for _ in range(5)] for flags in (few, ()))
+    bare, whole = statistics.median(bare), statistics.median(whole)
+    print(f"{machine()}\n\nimport to the end of the first training step\n  base models hardly evaluated {bare:6.2f} s\n"
+          f"  and evaluated as by default  {whole:6.2f} s, their pass@k table printed on the way")
+    target("startup_seconds_without_evaluation", bare, 5.0)
+    target("startup_seconds", whole, 5.0)
+    report()
