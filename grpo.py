@@ -155,7 +155,8 @@ def update(args, learner, reference, optimizer, prompts, rollouts, advantages, g
         for rows, weights in zip(minibatch.split(args.micro_batch), all_weights.split(args.micro_batch)):
             logps, entropies = logprobs(learner, rows)
             before = logps.detach() if learner_logps is None else learner_logps[rows]
-            old_logps, importance = off_policy_correction(args.explorer_ratio, before, sampler_logps[rows], from_explorer[rows])
+            old_logps, importance = off_policy_correction(args.explorer_ratio, before, sampler_logps[rows],
+                                                          from_explorer[rows])
             loss, ratio, clipped = policy_loss(logps, old_logps, A[rows], weights * importance, mask[rows],
                                                args.clip_low, args.clip_high, sequence_ratio=args.loss == "gspo")
             if reference:

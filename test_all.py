@@ -457,6 +457,8 @@ def test_trap_9_groups_do_not_move_each_other():
 class Bigram:
     """pi(next | previous) from a table: hidden states are one-hot, so hidden @ head.T looks the logits up."""
 
+    compiled = False
+
     def __init__(self, table):
         self.head = table.log().T  # [V out, V in]
 
@@ -904,6 +906,16 @@ def test_as_many_optimiser_steps_as_asked_for(P, minibatches):
     optimizer = SimpleNamespace(accumulate=lambda: None, step=lambda norm: steps.append(1) or 1.0)
     grpo.update(args, model, None, optimizer, [[5, 6]] * P, rollouts, torch.randn(P, 2), seeded())
     assert len(steps) == minibatches
+
+
+@pytest.mark.parametrize("more, compiled", [((), False), (("--steps", 10 ** 6), True), (("--compile", "on"), True),
+                                            (("--steps", 10 ** 6, "--compile", "off"), False)])
+def test_compile_auto_goes_by_the_length_of_the_run(more, compiled, family, tmp_path, capsys):
+    args = training.parse_args([str(flag) for flag in flags(family, tmp_path / "run", *more)])
+    training.resolve_args(args)
+    run = training.Run(args)
+    assert run.learner.compiled == run.explorer.compiled == compiled
+    assert f"compile   {'on' if compiled else 'off'}" in capsys.readouterr().out
 
 
 def test_train_is_algorithm_1(family, tmp_path, monkeypatch):

@@ -11,19 +11,20 @@ import model as models
 from anneal import explorer_share, split_group
 from sample import sample
 
-P, G, L, T, STEPS = 16, 16, 12, 16, 60
-pair = lambda *sizes: [dict(TINY, hidden_size=d, intermediate_size=3 * d, num_hidden_layers=n, head_dim=d // 4) for d, n in sizes]
+G, L, STEPS = 16, 12, 60
+pair = lambda *sizes: [dict(TINY, hidden_size=d, intermediate_size=3 * d, num_hidden_layers=n, head_dim=d // 4)
+                       for d, n in sizes]
 HABIT = pair((64, 3), (32, 2))  # train.py's laptop family: learner, explorer
 PAPER = pair((256, 6), (128, 5))  # an explorer of about a fifth of the learner, as Qwen3-1.7B is of 8B
 
 
-def flops(config, rows):
-    """Two per weight and token, for prompts (once each) and all but the last response token; attention left out."""
+def flops(config, P, T, rows):
+    """Two per weight and token, for P prompts (once each) and all but a row's last of T tokens; attention left out."""
     weights = sum(p.numel() for p in models.Transformer(config_of(config)).parameters())
     return 2 * weights * (P * L + rows * (T - 1))
 
 
-def run(label, learner, explorer):
+def run(label, learner, explorer, P, T):
     torch.manual_seed(0)
     both = [models.Transformer(config_of(config)) for config in (learner, explorer)]
     for model in both:
@@ -35,9 +36,11 @@ def run(label, learner, explorer):
                               for model, k in zip(both, (G - n, n)) if k]) for n in range(G + 1)}
     seconds = interleaved(times, 5)
     mixed, alone = sum(seconds[n] for n, _ in split), STEPS * seconds[0]
-    work = sum((flops(explorer, P * n) if n else 0) + (flops(learner, P * m) if m else 0) for n, m in split)
-    of_flops = work / (STEPS * flops(learner, P * G))
-    print(f"\n{label}: the explorer writes {sum(n for n, _ in split) / (STEPS * G):.0%} of {STEPS} x {P} x {G} rollouts\n"
+    work = sum((flops(explorer, P, T, P * n) if n else 0) + (flops(learner, P, T, P * m) if m else 0) for n, m in split)
+    of_flops = work / (STEPS * flops(learner, P, T, P * G))
+    size = [sum(p.numel() for p in model.parameters()) for model in both]
+    print(f"\n{label}: {size[1]:,} parameters explore for {size[0]:,}, and write {sum(n for n, _ in split) / (STEPS * G):.0%} "
+          f"of {STEPS} x {P} x {G} rollouts of {T} tokens\n"
           f"  rollouts of a whole run   GRPO {alone:.1f} s   S2L-PO {mixed:.1f} s   FLOPs {of_flops:.2f} of GRPO's")
     target(f"{label}_rollout_seconds_of_grpo", mixed / alone, 0.8)
     target(f"{label}_rollout_flops_of_grpo", of_flops, 0.8)
@@ -45,6 +48,6 @@ def run(label, learner, explorer):
 
 if __name__ == "__main__":
     print(machine())
-    run("laptop_family", *HABIT)
-    run("one_fifth", *PAPER)
+    run("laptop_family", *HABIT, P=16, T=16)
+    run("one_fifth", *PAPER, P=8, T=48)
     report()

@@ -88,7 +88,8 @@ def time_table():
     chunk = 1024 if V % 1024 == 0 else None
     runs = {("GEMM", "forward"): gemms(h, w), ("chunked", "forward"): gemms(h, w, chunk=chunk),
             ("GEMM", "both"): gemms(h, w, 2, True), ("chunked", "both"): gemms(h, w, 2, True, chunk),
-            ("3 GEMMs", "both"): gemms(h, w, 1, True), ("one pass (not used)", "both"): lambda: one_pass(h.detach(), w.detach(), targets, upstream)}
+            ("3 GEMMs", "both"): gemms(h, w, 1, True),
+            ("one pass (not used)", "both"): lambda: one_pass(h.detach(), w.detach(), targets, upstream)}
     for name, kernel in KERNELS.items():
         runs[name, "forward"] = lambda kernel=kernel: forward(kernel)
         runs[name, "both"] = lambda kernel=kernel: torch.autograd.grad(kernel(h, w, targets), (h, w), upstream)
