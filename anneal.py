@@ -7,6 +7,12 @@ Early on the learner's own groups mostly fail, and an explorer that fails differ
 from. Later its rollouts are off-policy and worse than the learner's own, so the share falls to 0: from step T_mix on
 this is plain GRPO, and the explorer is not needed any more.
 
+T_mix is a guess at how long that takes. Two schedules that are not the paper's look instead:
+
+    measured   alpha = e / (e + l)   e: groups that only the explorer's rollouts solved, l: groups that the learner's did,
+                                     both smoothed over steps; below 0.1 the explorer leaves for good
+    rescue     alpha = 0.5 in those groups whose first half, by the learner, has failed altogether; 0 in the others
+
     python anneal.py --steps 16 --mix-steps 8 --group-size 16          prints that table
 """
 import argparse
@@ -17,20 +23,40 @@ SCHEDULES = {
     "cosine": "the same end points along half a cosine: slower to leave, slower to arrive",
     "step": "the explorer alone up to mix-steps, then the learner alone",
     "constant": "explorer-share at every step, to the end",
+    "measured": "what the explorer adds, in ratio to what the learner solves: no T_mix to choose",
+    "rescue": "explorer-share, but only of the groups whose other rollouts, the learner's, have all failed",
     "none": "no explorer: plain GRPO",
+}
+MIXES = {
+    "joint": "one group a prompt, advantages over both sources, one update (the paper's Algorithm 1)",
+    "separate": "an update on the explorer's groups, then one on the learner's (the authors' launch script)",
 }
 
 
-def explorer_share(step, mix_steps, schedule="linear", constant=0.5):
-    """alpha_i in [0, 1] of `step` = i, counted from 1. With mix_steps = 1, alpha_1 = 1 (the equation has 0/0 there)."""
+def explorer_share(step, mix_steps, schedule="linear", constant=0.5, success=(0.5, 0.5)):
+    """alpha_i in [0, 1] of `step` = i, counted from 1. With mix_steps = 1, alpha_1 = 1 (the equation has 0/0 there).
+    `success`: e and l of the schedule "measured", which `observe` keeps."""
     if schedule == "none":
         return 0.0
-    if schedule == "constant":
+    if schedule in ("constant", "rescue"):
         return constant
+    if schedule == "measured":
+        share = success[0] / max(sum(success), 1e-9)
+        return share if share >= 0.1 else 0.0  # for good: without rollouts its success is 0 from then on
     if step > mix_steps:
         return 0.0
     progress = (step - 1) / (mix_steps - 1) if mix_steps > 1 else 0.0
     return {"linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2, "step": 1.0}[schedule]
+
+
+def observe(success, rewards, from_explorer, decay=0.8):
+    """(e, l) after a step with rewards [P, G], from_explorer [P, G]. A group counts for l if one of the learner's rollouts
+    is right, and for e if one of the explorer's is and none of the learner's: what counts is what the explorer adds. (Mean
+    rewards in their place never let it go: even a beaten explorer is right now and then.)"""
+    right = rewards > 0
+    solved = (right & ~from_explorer).any(1)  # [P, G] -> [P]
+    rescued = right.any(1) & ~solved
+    return tuple(decay * before + (1 - decay) * now.float().mean().item() for before, now in zip(success, (rescued, solved)))
 
 
 def split_group(share, group_size):
@@ -47,8 +73,9 @@ def main():
     parser.add_argument("--steps", type=int, default=16, help="training steps T")
     parser.add_argument("--mix-steps", type=int, default=8, help="mixing steps T_mix")
     parser.add_argument("--group-size", type=int, default=16, help="rollouts per prompt G")
-    parser.add_argument("--schedule", choices=SCHEDULES, default="linear",
-                        help="; ".join(f"{name}: {meaning}" for name, meaning in SCHEDULES.items()))
+    fixed = {name: meaning for name, meaning in SCHEDULES.items() if name not in ("measured", "rescue")}
+    parser.add_argument("--schedule", choices=fixed, default="linear",
+                        help="; ".join(f"{name}: {meaning}" for name, meaning in fixed.items()))
     parser.add_argument("--explorer-share", type=float, default=0.5, help="the share of --schedule constant")
     args = parser.parse_args()
     if not (args.steps >= args.mix_steps >= 1 <= args.group_size and 0 <= args.explorer_share <= 1):

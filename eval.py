@@ -58,6 +58,14 @@ def crossover(ks, first, second):
     return None
 
 
+def rescue(learner, explorer, n, group_size):
+    """(share of the learner's groups that all fail, the explorer's success on those problems), from right rollouts out of n
+    per problem of each, [P] both. A problem counts with the chance C(n-c, G) / C(n, G) that a group of G of the learner's
+    rollouts holds no right one; where none ever fails, the second is 0."""
+    fails = np.array([1.0 - pass_at_k([c], n, group_size) for c in learner])  # [P]
+    return float(fails.mean()), float((fails * explorer).sum() / n / max(fails.sum(), 1e-9))
+
+
 def table(ks, curves):
     """Text table of {name: [pass@k for k in ks]}."""
     width = max(map(len, curves))

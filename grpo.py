@@ -21,7 +21,7 @@ import torch
 from model import fused_logprobs
 
 LOSSES = ("grpo", "dapo", "dr_grpo", "gspo")
-EXPLORER_RATIOS = ("recompute", "behaviour", "truncated")
+OFF_POLICY = ("recompute", "behaviour", "truncated", "geometric", "positive")
 
 
 def group_advantages(rewards, scale=True):
@@ -57,10 +57,11 @@ def token_weights(mask, loss, max_new_tokens):
     return mask / (len(mask) * mask.sum(1, keepdim=True).clamp(min=1))
 
 
-def off_policy_correction(choice, learner_logps, sampler_logps, from_explorer):
+def off_policy_correction(choice, learner_logps, sampler_logps, from_explorer, advantages, mask):
     """(old log-probs, importance weights), both [N, T]: what stands in the ratio's denominator, and how much each token
     of the explorer counts. learner_logps are the learner's at the start of the step, sampler_logps those of whoever drew
-    the token (elsewhere called old and rollout log-probs); from_explorer [N] says which rows are the explorer's.
+    the token (elsewhere called old and rollout log-probs), both 0 outside mask [N, T]; from_explorer [N] says which rows
+    are the explorer's; advantages [N].
 
         recompute  the learner's own, as if it had written the tokens: every ratio starts at 1 and the clip limits the
                    drift within the step. The paper's choice: biased, and stable.
@@ -68,6 +69,10 @@ def off_policy_correction(choice, learner_logps, sampler_logps, from_explorer):
                    given its prefix (not the prefix), but starts far from 1, where the clip stops much of the gradient.
         truncated  recompute, each token times min(pi_learner / pi_explorer, 2), truncated importance sampling: tokens
                    that the learner would hardly have drawn count less.
+        geometric  recompute, each row times min(exp(mean of log(pi_learner / pi_explorer) over its tokens), 2): how
+                   plausible the learner finds the whole rollout, per token, so that length does not drive it to 0.
+        positive   recompute, but explorer rows with A < 0 are left out: imitate its successes, do not flee from its
+                   failures, which the learner would hardly have written.
     """
     off_policy = from_explorer[:, None]  # [N] -> [N, 1]
     old_logps, weights = learner_logps, torch.ones_like(learner_logps)
@@ -75,6 +80,11 @@ def off_policy_correction(choice, learner_logps, sampler_logps, from_explorer):
         old_logps = torch.where(off_policy, sampler_logps, learner_logps)
     if choice == "truncated":
         weights = torch.where(off_policy, (learner_logps - sampler_logps).exp().clamp(max=2.0), weights)
+    if choice == "geometric":
+        mean = (learner_logps - sampler_logps).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)  # [N, 1]
+        weights = torch.where(off_policy, mean.exp().clamp(max=2.0), weights)
+    if choice == "positive":
+        weights = torch.where(off_policy & (advantages[:, None] < 0), 0.0, weights)
     return old_logps, weights
 
 
@@ -155,8 +165,8 @@ def update(args, learner, reference, optimizer, prompts, rollouts, advantages, g
         for rows, weights in zip(minibatch.split(args.micro_batch), all_weights.split(args.micro_batch)):
             logps, entropies = logprobs(learner, rows)
             before = logps.detach() if learner_logps is None else learner_logps[rows]
-            old_logps, importance = off_policy_correction(args.explorer_ratio, before, sampler_logps[rows],
-                                                          from_explorer[rows])
+            old_logps, importance = off_policy_correction(args.off_policy, before, sampler_logps[rows], from_explorer[rows],
+                                                          A[rows], mask[rows])
             loss, ratio, clipped = policy_loss(logps, old_logps, A[rows], weights * importance, mask[rows],
                                                args.clip_low, args.clip_high, sequence_ratio=args.loss == "gspo")
             if reference:

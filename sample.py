@@ -39,15 +39,18 @@ class Rollouts:
         """[P, G, T] True on the response's tokens: up to and including the first stop token, nothing after it."""
         return torch.arange(self.ids.shape[2], device=self.ids.device) < self.lengths[..., None]
 
+    def groups(self, prompts):
+        """The groups of these prompts (indices), in this order."""
+        return Rollouts(**{field.name: getattr(self, field.name)[prompts] for field in fields(Rollouts)})
 
-def mix(first, second):
-    """One group per prompt from both: [P, G1, ...] and [P, G2, ...] -> [P, G1+G2, ...]. Either may be None."""
-    if first is None or second is None:
-        return first or second
-    T = max(first.ids.shape[2], second.ids.shape[2])
+
+def mix(*parts, dim=1):
+    """One group per prompt from all parts: [P, G1, ...], [P, G2, ...] -> [P, G1+G2, ...]; with dim=0, one set of groups
+    from several: [P1, G, ...], [P2, G, ...] -> [P1+P2, G, ...]."""
+    T = max(part.ids.shape[2] for part in parts)
     widen = lambda x: F.pad(x, (0, T - x.shape[2])) if x.dim() == 3 else x
-    both = lambda name: torch.cat([widen(getattr(first, name)), widen(getattr(second, name))], dim=1)
-    return Rollouts(**{field.name: both(field.name) for field in fields(Rollouts)})
+    together = lambda name: torch.cat([widen(getattr(part, name)) for part in parts], dim)
+    return Rollouts(**{field.name: together(field.name) for field in fields(Rollouts)})
 
 
 def draw(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):

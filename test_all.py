@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -33,6 +34,7 @@ import model as models
 import reward
 import sample as sampling
 import train as training
+from recipes import claims, pairs
 from recipes.family import make_family
 
 ROOT = Path(__file__).parent
@@ -433,6 +435,22 @@ def test_schedules():
     assert anneal.explorer_share(1, 1) == 1 and anneal.explorer_share(2, 1) == 0
 
 
+def test_measured_share_follows_what_the_explorer_adds_and_leaves_for_good():
+    explorer = torch.tensor([[True, True, False, False]] * 4)
+    rewards = torch.tensor([[1.0, 0, 0, 0], [0, 1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0]])  # rescued, rescued, solved, neither
+    success = anneal.observe((0.5, 0.5), rewards, explorer, decay=0.8)
+    assert success == pytest.approx((0.8 * 0.5 + 0.2 * 0.5, 0.8 * 0.5 + 0.2 * 0.25))
+    share = lambda *success: anneal.explorer_share(1, 1, "measured", success=success)
+    assert share(0.3, 0.1) == pytest.approx(0.75) and share(0.1, 0.3) == pytest.approx(0.25) and share(0, 0) == 0
+    success, shares = (0.5, 0.5), []
+    for step in range(40):  # a learner that solves every group from step 20 on: what it solves is not the explorer's success
+        solved = torch.tensor([[1.0, 1, step >= 20, 1 * (step >= 20)]] * 4)
+        present = explorer if share(*success) else torch.zeros_like(explorer)
+        success = anneal.observe(success, solved, present)
+        shares.append(share(*success))
+    assert shares[19] > 0.95 and shares[-1] == 0 and sorted(shares[19:], reverse=True) == shares[19:]
+
+
 def test_anneal_prints_the_papers_table():
     lines = run_cli("anneal.py", "--steps", 16, "--mix-steps", 8, "--group-size", 16).stdout.splitlines()
     counts = [tuple(map(int, line.split()[2:4])) for line in lines[1:17]]
@@ -576,13 +594,22 @@ def test_trap_16_gradients_of_the_kl_estimators():
 
 def test_trap_26_what_divides_in_the_ratio_of_explorer_tokens():
     learner, sampler = torch.tensor([[-1.0, -2.0], [-1.0, -2.0]]), torch.tensor([[-3.0, -1.0], [-1.1, -2.1]])
-    explorer = torch.tensor([True, False])
-    old, weight = grpo.off_policy_correction("recompute", learner, sampler, explorer)
+    explorer, A, mask = torch.tensor([True, False]), torch.tensor([-1.0, -1.0]), torch.ones(2, 2, dtype=torch.bool)
+    given = learner, sampler, explorer, A, mask
+    old, weight = grpo.off_policy_correction("recompute", *given)
     assert torch.equal(old, learner) and (weight == 1).all()
-    old, weight = grpo.off_policy_correction("behaviour", learner, sampler, explorer)
+    old, weight = grpo.off_policy_correction("behaviour", *given)
     assert torch.equal(old[0], sampler[0]) and torch.equal(old[1], learner[1]) and (weight == 1).all()
-    old, weight = grpo.off_policy_correction("truncated", learner, sampler, explorer)
+    old, weight = grpo.off_policy_correction("truncated", *given)
     assert torch.equal(old, learner) and torch.allclose(weight, torch.tensor([[2.0, math.exp(-1)], [1.0, 1.0]]))
+    old, weight = grpo.off_policy_correction("geometric", *given)
+    assert torch.equal(old, learner) and torch.allclose(weight, torch.tensor([[math.exp(0.5)] * 2, [1.0, 1.0]]))
+    mask[0, 1] = False  # then only the first token's log-ratio of 2 counts, and is cut
+    padded = [x.masked_fill(~mask, 0.0) for x in (learner, sampler)]
+    assert grpo.off_policy_correction("geometric", *padded, explorer, A, mask)[1][0, 0] == 2
+    old, weight = grpo.off_policy_correction("positive", *given)
+    assert torch.equal(old, learner) and weight.tolist() == [[0, 0], [1, 1]]  # only the explorer's, only below 0
+    assert (grpo.off_policy_correction("positive", learner, sampler, explorer, -A, mask)[1] == 1).all()
 
 
 # ---- reward.py -----------------------------------------------------------------------------------------------------
@@ -708,6 +735,16 @@ def test_crossover_is_found_where_it_is():
     assert evaluation.crossover([1, 2, 4], [.5, .6, .7], [.3, .6, .7]) is None  # caught up is not overtaken
 
 
+def test_rescue_counts_groups_that_all_fail():
+    """Against every group of 2 out of 4 rollouts of each problem."""
+    learner, explorer = [0, 1, 4], [3, 2, 4]
+    groups = [[not any(i < c for i in group) for group in itertools.combinations(range(4), 2)] for c in learner]
+    fails = [np.mean(group) for group in groups]
+    share, success = evaluation.rescue(learner, explorer, 4, 2)
+    assert share == pytest.approx(np.mean(fails)) == pytest.approx((1 + 0.5 + 0) / 3)
+    assert success == pytest.approx((1 * 0.75 + 0.5 * 0.5) / 1.5) and evaluation.rescue([4], [4], 4, 2) == (0, 0)
+
+
 def test_eval_and_sample_cli(family, tmp_path):
     out = run_cli("eval.py", "--model", family / "learner", family / "explorer", "--data", family / "heldout.jsonl",
                   "--problems", 20, "--n", 8, "--k", "1,4,8", "--out", tmp_path)
@@ -778,7 +815,8 @@ def test_a_family_is_made_whole_and_its_problems_are_apart(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["habit"]
 
 
-@pytest.mark.parametrize("more", [(), ("--dtype", "bfloat16", "--kl-coef", 0.1, "--lr", 1e-2)])
+@pytest.mark.parametrize("more", [(), ("--dtype", "bfloat16", "--kl-coef", 0.1, "--lr", 1e-2),
+                                  ("--schedule", "measured"), ("--mix", "separate", "--mix-steps", 4)])
 def test_trap_24_resume_equals_never_having_stopped(more, family, tmp_path):
     shutil.copytree(family / "explorer", tmp_path / "explorer")  # an explorer with a stop token of its own
     (tmp_path / "explorer" / "generation_config.json").write_text('{"eos_token_id": [0, 5]}')
@@ -800,7 +838,7 @@ def test_trap_24_resume_equals_never_having_stopped(more, family, tmp_path):
     assert read_metrics(tmp_path / "resumed") == lines
     assert all(torch.equal(a, b) for a, b in zip(weights(tmp_path / "straight").values(), weights(tmp_path / "resumed").values()))
     assert straight.learner.stop_ids == models.load(tmp_path / "resumed" / "learner")[0].stop_ids == (0, 5)
-    if "--dtype" in more:
+    if more[2:]:  # the rest once is enough
         return
     _, anew = train_here(family, tmp_path / "never", "--resume", *more)  # nothing saved yet: from the beginning
     assert anew == lines
@@ -823,7 +861,7 @@ def test_trap_28_no_explorer_is_plain_grpo_to_the_bit_and_the_explorer_stays_fro
     run, lines = train_here(family, tmp_path / "mixed", "--mix-steps", 3)
     assert [line["rollouts_explorer"] for line in lines[1:]] == [16, 8, 0, 0]
     explorers = [parameters for by_explorer, parameters in calls if by_explorer]
-    assert len(explorers) == 2 and run.explorer is None  # not called once its share is 0 ...
+    assert len(explorers) == 2 and run.explorers == []  # not called once its share is 0 ...
     gc.collect()
     assert [ref() is None for by_explorer, ref in models_called] == [by_explorer for by_explorer, _ in models_called]  # ... nor kept
     assert all(torch.equal(a, b) for a, b in zip(*explorers))
@@ -854,14 +892,18 @@ def plain_loss(args, learner, reference, prompts, rollouts, A):
 
         logps, ref, sampled = logprobs(learner), logprobs(reference).detach(), rollouts.logps[p, g, :n]
         by_explorer = bool(rollouts.from_explorer[p, g])
-        old = sampled if by_explorer and args.explorer_ratio == "behaviour" else logps.detach()
+        old = sampled if by_explorer and args.off_policy == "behaviour" else logps.detach()
         ratio = (logps - old).exp()
         if args.loss == "gspo":
             ratio = (logps - old).mean().exp().expand(n)
         for t in range(n):
             importance = 1.0
-            if by_explorer and args.explorer_ratio == "truncated":
+            if by_explorer and args.off_policy == "truncated":
                 importance = min(math.exp(logps[t].item() - sampled[t].item()), 2.0)
+            if by_explorer and args.off_policy == "geometric":
+                importance = min(math.exp((logps - sampled).mean().item()), 2.0)
+            if by_explorer and args.off_policy == "positive" and A[p, g] < 0:
+                importance = 0.0
             clipped = ratio[t].clamp(1 - args.clip_low, 1 + args.clip_high)
             x = ref[t] - logps[t]
             kl = {"k1": -x, "k2": x * x / 2, "k3": x.exp() - 1 - x}[args.kl_estimator]
@@ -896,7 +938,7 @@ def test_trap_11_update_equals_the_plain_loss_in_micro_batches_of_any_size():
     args = training.parse_args(["--kl-coef", "0.1", "--minibatches", "1", "--max-new-tokens", "12", "--temperature", "0.9",
                                 "--clip-low", "0.1", "--clip-high", "0.4"])
     estimators = itertools.cycle(("k2", "k3", "k1"))
-    for args.loss, args.explorer_ratio in itertools.product(grpo.LOSSES, grpo.EXPLORER_RATIOS):
+    for args.loss, args.off_policy in itertools.product(grpo.LOSSES, grpo.OFF_POLICY):
         args.kl_estimator = next(estimators)
         plain_loss(args, learner, reference, prompts, rollouts, A).backward()
         expected = torch.cat([p.grad.flatten() for p in learner.parameters()])
@@ -905,7 +947,7 @@ def test_trap_11_update_equals_the_plain_loss_in_micro_batches_of_any_size():
             capture = Capture(learner)
             metrics = grpo.update(args, learner, reference, capture, prompts, rollouts, A, seeded())
             assert expected.norm() > 1e-3 and (capture.gradient - expected).norm() < 1e-4 * expected.norm()
-        assert metrics["kl"] != 0 and (metrics["clip_fraction_explorer"] > 0) == (args.explorer_ratio == "behaviour")
+        assert metrics["kl"] != 0 and (metrics["clip_fraction_explorer"] > 0) == (args.off_policy == "behaviour")
 
 
 @pytest.mark.parametrize("P, minibatches", [(16, 9), (5, 4), (4, 1)])
@@ -924,7 +966,7 @@ def test_compile_auto_goes_by_the_length_of_the_run(more, compiled, family, tmp_
     args = training.parse_args([str(flag) for flag in flags(family, tmp_path / "run", *more)])
     training.resolve_args(args)
     run = training.Run(args)
-    assert run.learner.compiled == run.explorer.compiled == compiled
+    assert run.learner.compiled == run.explorers[0].compiled == compiled
     assert f"compile   {'on' if compiled else 'off'}" in capsys.readouterr().out
 
 
@@ -960,6 +1002,67 @@ def test_train_is_algorithm_1(family, tmp_path, monkeypatch):
             assert torch.equal(A, grpo.group_advantages(strict, scale=loss == "grpo"))
         assert any(A[:, :3].any() and A[:, 3:].any() for _, A in updates)
         assert len(set(seeds)) == len(seeds)  # no random stream is used twice
+
+
+def test_rescue_puts_the_explorer_only_where_the_learner_failed(family, tmp_path, monkeypatch):
+    calls, updates, real_sample, real_update = [], [], training.sample, training.update
+    monkeypatch.setattr(training, "sample", lambda model, prompts, n, *args, **more: calls.append(
+        (more.get("from_explorer", False), prompts, n, real_sample(model, prompts, n, *args, **more))) or calls[-1][-1])
+    monkeypatch.setattr(training, "update", lambda args, learner, reference, optimizer, prompts, rollouts, *more: updates.append(
+        (prompts, rollouts, [calls.pop(0) for _ in calls[:]])) or real_update(args, learner, reference, optimizer, prompts, rollouts, *more))
+    run, lines = train_here(family, tmp_path / "run", "--schedule", "rescue", "--prompts-per-step", 8, "--eval-every", 0)
+    mixed = 0
+    for (prompts, rollouts, of_step), line in zip(updates, lines[1:]):
+        own = of_step[0]
+        assert not own[0] and own[1] == prompts and own[2] == 2 and not rollouts.from_explorer[:, :2].any()
+        problems = {tuple(sampling.encode_prompt(problem, run.tokenizer)): problem for problem in run.problems}
+        texts, seen = sampling.decode(rollouts, run.tokenizer), [0, 0]
+        for p, prompt in enumerate(prompts):  # each group's second half is what its own prompt was answered with
+            failed = not any(reward.score(problems[tuple(prompt)], text).strict for text in texts[p][:2])
+            assert rollouts.from_explorer[p, 2:].tolist() == [failed] * 2
+            (by_explorer, asked, n, written), = [call for call in of_step[1:] if call[0] == failed]
+            place, length = seen[failed], written.ids.shape[2]
+            assert n == 2 and asked[place] == prompt and torch.equal(rollouts.ids[p, 2:, :length], written.ids[place])
+            seen[failed] += 1
+        mixed += 0 < rollouts.from_explorer.sum() < 16
+        assert line["rollouts_explorer"] + line["rollouts_learner"] == 32
+        assert line["share"] == line["rollouts_explorer"] / 32
+    assert mixed
+
+
+def test_separate_updates_each_source_by_itself(family, tmp_path, monkeypatch):
+    updates, real = [], training.update
+
+    def spy(args, learner, reference, optimizer, prompts, rollouts, advantages, generator):
+        updates.append((rollouts.from_explorer, advantages, learner.norm.weight.clone()))
+        return real(args, learner, reference, optimizer, prompts, rollouts, advantages, generator)
+
+    monkeypatch.setattr(training, "update", spy)
+    _, lines = train_here(family, tmp_path / "run", "--mix", "separate", "--mix-steps", 4, "--lr", 1e-2)
+    # Explorer's rollouts of a group of 4: 4, 3, 2, 0; a group of one (step 2's learner) has nothing to be compared with.
+    assert [(A.shape[1], bool(who.all()), bool(who.any())) for who, A, _ in updates] == [
+        (4, True, True), (3, True, True), (2, True, True), (2, False, False), (4, False, False)]
+    assert not torch.equal(updates[2][2], updates[3][2])  # the learner has moved before its own rollouts are used
+    assert [(line["rollouts_explorer"], line["rollouts_learner"]) for line in lines[1:]] == [(16, 0), (12, 0), (8, 8), (0, 16)]
+    assert lines[3]["ratio_explorer"] is not None and lines[3]["ratio_learner"] is not None
+
+
+def test_several_explorers_share_the_explorers_rollouts(family, tmp_path, monkeypatch):
+    written, real = [], training.sample
+    monkeypatch.setattr(training, "sample", lambda model, prompts, n, *args, **more: written.append(
+        (sum(p.numel() for p in model.parameters()), n, real(model, prompts, n, *args, **more))) or written[-1][-1])
+    shutil.copytree(family / "explorer", tmp_path / "same")
+    _, lines = train_here(family, tmp_path / "run", "--explorer", family / "explorer", family / "learner", tmp_path / "same",
+                          "--mix-steps", 4, "--eval-every", 0)
+    assert [n for _, n, _ in written] == [1, 1, 2, 1, 1, 1, 1, 1, 1, 2, 4]  # of 4, 3, 2, 0; then the learner's 1, 2, 4
+    assert len({size for size, _, _ in written[:3]}) == 2
+    assert not torch.equal(written[3][2].ids, written[5][2].ids)  # the same model twice, with other random numbers
+    assert [line["rollouts_explorer"] for line in lines[1:]] == [16, 12, 8, 0]
+
+
+def test_evaluations_have_a_temperature_of_their_own(family, tmp_path):
+    at = lambda name, *more: train_here(family, tmp_path / name, "--steps", 1, "--lr", 0, *more)[1][0]
+    assert at("one") == at("hot", "--temperature", 3) != at("cold", "--eval-temperature", 0.1)
 
 
 def test_training_raises_pass_at_1_of_what_is_trained_on(family, tmp_path):
@@ -1046,7 +1149,8 @@ def test_trap_27_other_tokenizers_are_refused(family, tmp_path):
     (["--learner", "no/such/dir"], "no/such/dir"), (["--data", "missing.jsonl"], "missing.jsonl"), (["--group-size", 1], "--group-size"),
     (["--mix-steps", 5], "--mix-steps 5 is beyond --steps 4"), (["--max-new-tokens", 125], "does not fit the model's context of 128"),
     (["--data", "broken"], "broken.jsonl, line 2"), (["--minibatches", 9], "--minibatches"),
-    (["--mix-steps", 0], "--mix-steps must be at least 1"), (["--device", "nonsense"], "--device nonsense"), (["--seed", -1], "--seed"),
+    (["--mix-steps", 0], "--mix-steps must be at least 1"), (["--schedule", "rescue", "--mix", "separate"], "--mix separate has groups"),
+    (["--mix", "separate", "--group-size", 2], "--mix separate"), (["--eval-temperature", -1], "--eval-temperature"), (["--device", "nonsense"], "--device nonsense"), (["--seed", -1], "--seed"),
     (["--top-p", 0], "--top-p"), (["--explorer-temperature", 0], "--explorer-temperature"), (["--eval-data", "long"], "context of 128")])
 def test_bad_input_is_one_line_and_exit_code_2(change, complaint, family, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -1078,3 +1182,97 @@ def test_ctrl_c_leaves_a_usable_run(family, tmp_path):
     saved = torch.load(out / "checkpoint.pt", weights_only=True)
     assert saved["step"] == read_metrics(out)[-1]["step"]
     models.load(out / "learner")
+
+
+# ---- recipes -------------------------------------------------------------------------------------------------------
+
+def test_intervals_hold_what_they_promise_when_pairs_differ():
+    """95% of intervals over 3 pairs x 5 seeds hold the truth, pairs varying twice as much as seeds; over the 15 runs taken
+    as independent far fewer would."""
+    random, held, naive = np.random.default_rng(0), 0, 0
+    for _ in range(2_000):
+        runs = 0.3 + 0.2 * random.standard_normal((3, 1)) + 0.1 * random.standard_normal((3, 5))
+        mean, half = claims.interval(runs)
+        held += abs(mean - 0.3) < half
+        naive += abs(mean - 0.3) < 2.145 * runs.std(ddof=1) / 15 ** 0.5
+    assert 0.935 < held / 2_000 < 0.965 and naive / 2_000 < 0.75
+
+
+def test_thinned_groups_have_one_method_as_often_as_before(family):
+    explorer, tokenizer = models.load(family / "explorer")
+    prompts = [sampling.encode_prompt(problem, tokenizer) for problem in reward.load_problems(family / "train.jsonl")] * 8
+    plain = sampling.sample(explorer, prompts, 8, seeded(), 4, from_explorer=True)
+    thin = pairs.thinned(explorer, prompts, 8, seeded(), 4)
+    distinct = lambda rollouts: np.mean([len(set(group.tolist())) for group in rollouts.ids[:, :, 0]])
+    assert distinct(plain) > 3 and distinct(thin) == 1 and thin.ids.shape[:2] == plain.ids.shape[:2] and thin.from_explorer.all()
+    share = lambda rollouts: torch.bincount(rollouts.ids[:, :, 0].flatten(), minlength=40) / rollouts.ids[:, :, 0].numel()
+    assert (share(plain) - share(thin)).abs().max() < 0.1
+
+
+def test_a_claim_from_runs_to_table(family, tmp_path, monkeypatch, capsys):
+    """Two pairs, two seeds, in this process: the runs are train.py's, the numbers those of their metrics.jsonl."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(claims, "STUDY", ["--steps", "2", "--prompts-per-step", "4", "--group-size", "4", "--eval-every", "1",
+                                          "--max-new-tokens", "4", "--eval-problems", "8", "--eval-n", "16", "--save-every", "0"])
+    monkeypatch.setattr(claims, "GRID", (1e-3, 1e-2))
+    monkeypatch.setattr(claims, "do", lambda jobs, workers, title: [claims.work(job) for job in dict.fromkeys(jobs)
+                                                                    if len(job) == 5 and not claims.path_of(*job).exists()])
+    threads = torch.get_num_threads()
+    for pair in (10, 11):
+        shutil.copytree(family, pairs.directory("natural", pair))
+    (tmp_path / "assets" / "claims").mkdir(parents=True)
+    with pytest.raises(ValueError, match="run `python recipes/claims.py search`"):
+        claims.rates("natural", "GRPO")
+    claims.write_json("search", {"natural": {"GRPO": {"0.001": 0.3, "0.01": 0.2}, "S2L-PO": {"0.001": 0.3, "0.01": 0.5}}})
+    assert claims.rates("natural", "GRPO") == (0.01, 0.001) and claims.rates("natural", "S2L-PO") == (0.01, 0.01)
+    claims.compare("gain", SimpleNamespace(task=["natural"], pairs=2, seeds=2, workers=1))
+    torch.set_num_threads(threads)
+    out, result = capsys.readouterr().out, json.loads((tmp_path / "assets/claims/gain-natural.json").read_text())
+    assert result["pairs"] == [10, 11] and result["best"]["GRPO"]["lr"] == 0.001 and result["equal"]["GRPO"]["lr"] == 0.01
+    assert (tmp_path / "assets/claims/gain-natural.png").exists() and "each at its own best rate" in out
+    areas = {}
+    for arm, explorer in (("GRPO", "none"), ("S2L-PO", family / "explorer")):
+        _, lines = train_here(family, tmp_path / arm, *claims.STUDY, "--explorer", explorer, "--lr", 1e-2, "--seed", 1)
+        heights = [line["eval_strict_pass@1"] for line in lines]
+        areas[arm] = (heights[0] / 2 + heights[1] + heights[2] / 2) / 2
+        assert result["equal"][arm]["runs"][0][1] == pytest.approx(areas[arm])
+    row = result["equal"]["S2L-PO"]
+    gains = np.array(row["runs"]) - result["equal"]["GRPO"]["runs"]
+    assert row["gain"] == pytest.approx(gains.mean()) and row["wins"] == (gains > 0).sum() and row["of"] == 4
+    assert row["half"] == pytest.approx(12.706 * abs(np.subtract(*gains.mean(1))) / 2)
+
+
+def test_relatives_of_a_pair(family, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(family, pairs.directory("natural", 10))
+    pairs.make_member("natural", 10, "pruned")
+    pruned, learner = (models.load(pairs.directory("natural", 10) / name)[0] for name in ("pruned", "learner"))
+    assert len(pruned.layers) == 1 and len(learner.layers) == 2
+    assert torch.equal(pruned.layers[0].mlp.down_proj.weight, learner.layers[0].mlp.down_proj.weight)
+    corpus = [(problem.question, reward.habit_solution(problem.question, "-")) for problem in reward.make_problems("habit", 64, 0)]
+    monkeypatch.setattr(reward, "make_corpus", lambda task, size, seed, noise: corpus * 4)
+    monkeypatch.setitem(pairs.CORPUS, "habit", (256, 2))
+    monkeypatch.setitem(pairs.SIZES, "habit", {"learner": (16, 1)})
+    monkeypatch.setattr(pairs, "RELATIVES", {"same": {}, "twin": {"init": 1}, "early": {"stop_after": 1}})
+    for name in ("same", "twin", "early"):
+        pairs.make_member("habit", 3, name)
+    same, twin, early = (models.load(pairs.directory("habit", 3) / name)[0].norm.weight for name in ("same", "twin", "early"))
+    assert not torch.equal(same, twin) and not torch.equal(same, early)
+    reward.save_problems(reward.make_problems("habit", 8, 1), pairs.directory("habit", 3) / "heldout.jsonl")
+    monkeypatch.setattr(pairs, "decode", lambda rollouts, tokenizer: [
+        [reward.habit_solution(problem.question, operator) for operator in "++--"] + [""] * 12
+        for problem in reward.load_problems(pairs.directory("habit", 3) / "heldout.jsonl")])
+    found = pairs.measure("habit", 3, "same", 16)
+    assert found["executed"] == 4 / 16 and found["distinct methods"] == 3 and found["distinct answers"] == 3
+    assert found["method entropy"] == pytest.approx(-2 * 0.125 * math.log(0.125) - 0.75 * math.log(0.75))
+    asked = [problem.question[0] for problem in reward.load_problems(pairs.directory("habit", 3) / "heldout.jsonl")]
+    assert found["strict"] == [2 * (type_ in "AB") for type_ in asked]
+
+
+# ---- README.md -----------------------------------------------------------------------------------------------------
+
+def test_the_readme_points_at_the_lines_it_means():
+    links = re.findall(r"\[(\w+\.py):(\d+)\]\((\w+\.py)#L(\d+)\) `([^`]+)`", (ROOT / "README.md").read_text())
+    assert len(links) >= 8
+    for name, number, target, anchor, code in links:
+        assert (name, number) == (target, anchor) and code in (ROOT / name).read_text().splitlines()[int(number) - 1]

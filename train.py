@@ -29,9 +29,9 @@ import torch
 from tqdm import tqdm
 
 import reward
-from anneal import SCHEDULES, explorer_share, split_group
+from anneal import MIXES, SCHEDULES, explorer_share, observe, split_group
 from eval import draw_run, evaluate, pass_at_k, powers_of_two, table
-from grpo import EXPLORER_RATIOS, LOSSES, Optimizer, group_advantages, update
+from grpo import LOSSES, OFF_POLICY, Optimizer, group_advantages, update
 from model import load, save
 from sample import check_lengths, decode, encode_prompt, mix, pick_device, sample
 
@@ -53,33 +53,59 @@ def batch_of(step, size, count, seed):
 
 def train(args, run):
     for step in run.steps():                                                                    # for i in 1..T
-        share = explorer_share(step, args.mix_steps, args.schedule, args.explorer_share)        # alpha_i
+        share = explorer_share(step, args.mix_steps, args.schedule, args.explorer_share, run.success)    # alpha_i
         n_explorer, n_learner = split_group(share, args.group_size)                             # G_w, G_s
         batch = batch_of(step, args.prompts_per_step, len(run.problems), args.seed)
-        problems, prompts = [run.problems[i] for i in batch], [run.prompts[i] for i in batch]
-        clock = [time.perf_counter()]
+        updates = [(n_explorer, n_learner)] if args.mix == "joint" else [(n_explorer, 0), (0, n_learner)]
+        # --mix separate may leave a group of one, which has nothing to be compared with.
+        run.record(step, share, batch, [one_update(args, run, step, batch, *n) for n in updates if sum(n) > 1])
 
-        by_explorer = by_learner = None
-        if n_explorer:                                                                          # sample(pi_omega, G_w)
-            by_explorer = sample(run.explorer, prompts, n_explorer, generator(args.seed, step, EXPLORER),
-                                 args.max_new_tokens, args.explorer_temperature, top_p=args.explorer_top_p,
-                                 rows=args.rollout_rows, from_explorer=True)
-        if n_learner:                                                                           # sample(pi_theta, G_s)
-            by_learner = sample(run.learner, prompts, n_learner, generator(args.seed, step, LEARNER),
-                                args.max_new_tokens, args.temperature, top_p=args.top_p, rows=args.rollout_rows)
-        rollouts = mix(by_explorer, by_learner)                                                 # O: one group a prompt
-        clock.append(time.perf_counter())
 
-        texts = decode(rollouts, run.tokenizer)
-        scores = [[reward.score(problem, text) for text in group] for problem, group in zip(problems, texts)]
-        scores = torch.tensor(scores, dtype=torch.float32, device=rollouts.ids.device)          # [P, G, (answer, strict)]
-        advantages = group_advantages(scores[..., 1], scale=args.loss != "dr_grpo")             # [P, G], combined group
-        clock.append(time.perf_counter())
+def one_update(args, run, step, batch, n_explorer, n_learner):
+    """Rollouts, rewards, advantages, update: what Algorithm 1 does in a step. Returns what `Run.record` writes down."""
+    problems, prompts = [run.problems[i] for i in batch], [run.prompts[i] for i in batch]
+    clock = [time.perf_counter()]
+    rollouts = one_group_each(args, run, step, problems, prompts, n_explorer, n_learner)        # O
+    clock.append(time.perf_counter())
+    texts, scores = judge(run, problems, rollouts)                                              # [P, G, (answer, strict)]
+    advantages = group_advantages(scores[..., 1], scale=args.loss != "dr_grpo")                 # [P, G], combined group
+    run.success = observe(run.success, scores[..., 1], rollouts.from_explorer)
+    clock.append(time.perf_counter())
+    metrics = update(args, run.learner, run.reference, run.optimizer, prompts, rollouts,        # theta <- GRPO update
+                     advantages, generator(args.seed, step, MINIBATCH))
+    clock.append(time.perf_counter())
+    return rollouts, texts, scores, metrics, np.diff(clock)
 
-        metrics = update(args, run.learner, run.reference, run.optimizer, prompts, rollouts,    # theta <- GRPO update
-                         advantages, generator(args.seed, step, MINIBATCH))
-        clock.append(time.perf_counter())
-        run.record(step, share, problems, rollouts, texts, scores, metrics, np.diff(clock).tolist())
+
+def one_group_each(args, run, step, problems, prompts, n_explorer, n_learner):
+    """Rollouts [P, G]: n_explorer of each group by the explorers, who share them out evenly, and n_learner by the learner."""
+    explorer_random, learner_random = (generator(args.seed, step, purpose) for purpose in (EXPLORER, LEARNER))
+
+    def by_explorers(prompts, n):                                                               # sample(pi_omega, G_w)
+        counts = [(n + i) // len(run.explorers) for i in range(len(run.explorers))]
+        return [sample(explorer, prompts, count, explorer_random, args.max_new_tokens, args.explorer_temperature,
+                       top_p=args.explorer_top_p, rows=args.rollout_rows, from_explorer=True)
+                for explorer, count in zip(run.explorers, counts) if count]
+
+    def by_learner(prompts, n):                                                                 # sample(pi_theta, G_s)
+        return [sample(run.learner, prompts, n, learner_random, args.max_new_tokens, args.temperature,
+                       top_p=args.top_p, rows=args.rollout_rows)] if n else []
+
+    if args.schedule != "rescue":
+        return mix(*by_explorers(prompts, n_explorer), *by_learner(prompts, n_learner))
+    own = mix(*by_learner(prompts, n_learner))
+    solved = judge(run, problems, own)[1][..., 1].any(1).tolist()
+    rest = [mix(*write([prompt for prompt, s in zip(prompts, solved) if s == which], n_explorer))
+            for which, write in ((False, by_explorers), (True, by_learner)) if which in solved]
+    place = np.argsort(np.argsort(solved, kind="stable"))  # of each prompt in `rest`, where those that failed come first
+    return mix(own, mix(*rest, dim=0).groups(place))
+
+
+def judge(run, problems, rollouts):
+    """Texts [P][G], and their scores [P, G, (answer, strict)]."""
+    texts = decode(rollouts, run.tokenizer)
+    scores = [[reward.score(problem, text) for text in group] for problem, group in zip(problems, texts)]
+    return texts, torch.tensor(scores, dtype=torch.float32, device=rollouts.ids.device)
 
 
 def parse_args(argv=None):
@@ -87,14 +113,15 @@ def parse_args(argv=None):
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument_group("models and problems (the laptop family's where --learner is not given)").add_argument
     add("--learner", help="model to train: a directory or a Hugging Face hub name")
-    add("--explorer", help="frozen model that helps to explore, or `none` for plain GRPO")
+    add("--explorer", nargs="+", help="frozen model that helps to explore, or `none` for plain GRPO; several share the work")
     add("--task", choices=reward.TASKS, default="habit", help="the laptop family's task")
     add("--data", help="problems to train on: JSONL with `question` and `answer`")
     add("--eval-data", help="held-out problems in the same layout; without them nothing is evaluated")
     add = parser.add_argument_group("explorer schedule (anneal.py)").add_argument
     add("--schedule", choices=SCHEDULES, default="linear", help="how the explorer's share of a group changes")
     add("--mix-steps", type=int, help="T_mix: from here on the learner is alone (linear); half of --steps if not given")
-    add("--explorer-share", type=float, default=0.5, help="the share of --schedule constant")
+    add("--explorer-share", type=float, default=0.5, help="the share of --schedule constant and rescue")
+    add("--mix", choices=MIXES, default="joint", help="; ".join(f"{name}: {meaning}" for name, meaning in MIXES.items()))
     add = parser.add_argument_group("rollouts (sample.py)").add_argument
     add("--steps", type=int, default=60, help="T, steps in all")
     add("--prompts-per-step", type=int, default=16, help="P")
@@ -112,7 +139,8 @@ def parse_args(argv=None):
     add("--loss", choices=LOSSES, default="grpo", help="how tokens are weighted; gspo: one ratio per sequence")
     add("--clip-low", type=float, default=0.2, help="ratios are clipped below at 1 - this")
     add("--clip-high", type=float, default=0.2, help="ratios are clipped above at 1 + this")
-    add("--explorer-ratio", choices=EXPLORER_RATIOS, default="recompute", help="what divides in explorer tokens' ratios")
+    add("--off-policy", choices=OFF_POLICY, default="recompute", help="how the explorer's tokens count, which the learner "
+        "did not draw: grpo.py off_policy_correction")
     add("--kl-coef", type=float, default=0.0, help="weight of the KL to the initial learner; 0 keeps no copy of it")
     add("--kl-estimator", choices=("k1", "k2", "k3"), default="k3", help="how the KL is estimated from tokens")
     add("--max-grad-norm", type=float, default=1.0, help="gradients are scaled down to this norm")
@@ -120,6 +148,7 @@ def parse_args(argv=None):
     add("--eval-every", type=int, default=10, help="steps between evaluations; 0: only before and after")
     add("--eval-problems", type=int, default=256, help="held-out problems used")
     add("--eval-n", type=int, default=32, help="rollouts per held-out problem")
+    add("--eval-temperature", type=float, default=1.0, help="sampling temperature of evaluations")
     add("--save-every", type=int, default=20, help="steps between checkpoints; 0: only at the end")
     add("--resume", action="store_true", help="continue the run in --out from its checkpoint")
     add("--seed", type=int, default=0, help="of problems' order, rollouts and mini-batches")
@@ -135,8 +164,8 @@ def resolve_args(args):
     """Fills in the defaults that depend on other flags, and makes the laptop family if it is wanted and not there.
     ValueError, one line, for flags that make no sense."""
     laptop = args.learner is None
-    if args.explorer == "none" or args.schedule == "none":
-        args.explorer = args.schedule = "none"
+    if args.explorer == ["none"] or args.schedule == "none":
+        args.explorer, args.schedule = [], "none"
     args.mix_steps = max(1, args.steps // 2) if args.mix_steps is None else args.mix_steps
     for wrong, message in (
             (not laptop and args.data is None, "--learner needs --data: problems as JSONL with `question` and `answer`"),
@@ -145,6 +174,9 @@ def resolve_args(args):
             (args.mix_steps > args.steps, f"--mix-steps {args.mix_steps} is beyond --steps {args.steps}"),
             (not 1 <= args.minibatches <= args.prompts_per_step, "--minibatches must be between 1 and --prompts-per-step"),
             (not 0 <= args.explorer_share <= 1, "--explorer-share must be between 0 and 1"),
+            (args.mix == "separate" and (args.schedule in ("measured", "rescue") or args.group_size < 3),
+             "--mix separate has groups of one source: no --schedule measured or rescue, and --group-size at least 3"),
+            (args.eval_temperature < 0, "--eval-temperature must be at least 0"),
             (min(args.temperature, args.explorer_temperature) <= 0,
              "--temperature and --explorer-temperature must be above 0: greedy rollouts of a group are all the same"),
             (not (0 < args.top_p <= 1 and 0 < args.explorer_top_p <= 1), "--top-p and --explorer-top-p must lie in (0, 1]"),
@@ -162,7 +194,8 @@ def resolve_args(args):
             from recipes.family import make_family
             print(f"first run: making the two base models of task `{args.task}`, kept in {family}")
             make_family(family, args.task, device=pick_device(args.device))
-        args.learner, args.explorer = str(family / "learner"), args.explorer or str(family / "explorer")
+        args.learner = str(family / "learner")
+        args.explorer = [str(family / "explorer")] if args.explorer is None else args.explorer
         args.data = args.data or str(family / "train.jsonl")
         args.eval_data = args.eval_data or str(family / "heldout.jsonl")
     args.out = args.out or str(Path("runs", time.strftime("%Y%m%d-%H%M%S")))
@@ -195,6 +228,7 @@ class Run:
         """Loads everything and checks that it fits together. ValueError or OSError, one line, on what does not."""
         device, dtype = pick_device(args.device), getattr(torch, args.dtype)
         self.args, self.out, self.interrupted, self.warned = args, Path(args.out), False, False
+        self.success = (0.5, 0.5)  # explorer's and learner's, for --schedule measured
         self.learner, self.tokenizer = load(args.learner, device, dtype)
         tokens = args.steps * args.prompts_per_step * args.group_size * args.max_new_tokens
         self.learner.compiled = args.compile == "on" or (args.compile == "auto" and tokens >= COMPILE_FROM and device != "mps")
@@ -209,6 +243,7 @@ class Run:
             try:
                 state = torch.load(self.out / "checkpoint.pt", map_location="cpu", weights_only=True)
                 self.optimizer.restore(state["optimizer"])
+                self.success = tuple(state["success"])
             except Exception as error:  # whatever a damaged file makes of the unpickler
                 raise ValueError(f"{self.out}/checkpoint.pt cannot be read: {' '.join(str(error).split())[:200]}") from None
             self.first_step, self.learner.stop_ids = state["step"] + 1, tuple(state["stop_ids"])
@@ -216,15 +251,18 @@ class Run:
             print(f"--resume: nothing is saved in {self.out} yet, so from the beginning")
         share = lambda step: explorer_share(step, args.mix_steps, args.schedule, args.explorer_share)
         self.last_explorer_step = max((step for step in range(1, args.steps + 1) if share(step) > 0), default=0)
-        self.explorer = None
-        if self.first_step <= self.last_explorer_step:
-            self.explorer, explorer_tokenizer = load(args.explorer, device, dtype)
+        self.explorers = []
+        for name in args.explorer if self.first_step <= self.last_explorer_step else ():
+            explorer, explorer_tokenizer = load(name, device, dtype)
             check_tokenizers(self.tokenizer, explorer_tokenizer)
-            check_lengths(self.explorer, checked, args.max_new_tokens)
-            self.explorer.requires_grad_(False)
-            self.explorer.compiled = self.learner.compiled
-            # One end for both: else a base learner would learn a stop token of an instruct explorer and not stop at it.
-            self.learner.stop_ids = self.explorer.stop_ids = tuple(sorted({*self.learner.stop_ids, *self.explorer.stop_ids}))
+            check_lengths(explorer, checked, args.max_new_tokens)
+            explorer.requires_grad_(False)
+            explorer.compiled = self.learner.compiled
+            self.explorers.append(explorer)
+        # One end for all: else a base learner would learn a stop token of an instruct explorer and not stop at it.
+        stop_ids = tuple(sorted({token for model in (self.learner, *self.explorers) for token in model.stop_ids}))
+        for model in (self.learner, *self.explorers):
+            model.stop_ids = stop_ids
 
         self.out.mkdir(parents=True, exist_ok=True)
         (self.out / "config.json").write_text(json.dumps(vars(args) | {"resume": False}, indent=2))
@@ -233,8 +271,10 @@ class Run:
         os.replace(self.out / "metrics.partial", self.out / "metrics.jsonl")  # steps after the checkpoint come again
         size = lambda model: f"{sum(p.numel() for p in model.parameters()):,} parameters"
         print(f"learner   {args.learner}: {size(self.learner)}, on {device}")
-        until = f"frozen, writes until step {self.last_explorer_step} of {args.steps}"
-        print(f"explorer  {args.explorer}: {f'{size(self.explorer)}, {until}' if self.explorer else 'not used'}")
+        for name, explorer in zip(args.explorer, self.explorers):
+            print(f"explorer  {name}: {size(explorer)}, frozen, writes until step {self.last_explorer_step} of {args.steps}")
+        if not self.explorers:
+            print("explorer  not used")
         print(f"compile   {'on' if self.learner.compiled else 'off'} (--compile {args.compile}: up to {tokens:,} tokens to "
               f"write, on from {COMPILE_FROM:,})")
         print(f"problems  {len(self.problems)} to train on, {len(self.eval_problems)} held out; the first prompt:\n"
@@ -255,7 +295,7 @@ class Run:
         differ by the model alone. With a name, its strict pass@k curve goes to pass_at_k.json."""
         args = self.args
         result = evaluate(model, self.tokenizer, self.eval_problems, args.eval_n, generator(args.seed, 0, EVALUATION),
-                          args.max_new_tokens, temperature=args.temperature, top_p=args.top_p, rows=args.rollout_rows)
+                          args.max_new_tokens, temperature=args.eval_temperature, rows=args.rollout_rows)
         if curve_name:
             path, ks = self.out / "pass_at_k.json", powers_of_two(args.eval_n)
             curves = json.loads(path.read_text()) if path.exists() else {"k": ks}
@@ -269,8 +309,8 @@ class Run:
         if self.first_step == 1 and self.eval_problems:
             print(f"pass@k before training: {len(self.eval_problems)} held-out problems, {self.args.eval_n} rollouts each")
             self.write({"step": 0} | self.evaluate(self.learner, "learner before"))
-            if self.explorer:
-                self.evaluate(self.explorer, "explorer")
+            for i, explorer in enumerate(self.explorers, 1):
+                self.evaluate(explorer, "explorer" if len(self.explorers) == 1 else f"explorer {i}")
             curves = json.loads((self.out / "pass_at_k.json").read_text())
             print(table(curves.pop("k"), curves))
 
@@ -284,11 +324,12 @@ class Run:
         for step in range(self.first_step, self.args.steps + 1):
             yield step
             if step >= self.last_explorer_step:
-                self.explorer = None  # frozen, and never asked again: give its memory back
+                self.explorers = []  # frozen, and never asked again: give their memory back
             self.bar.update()
             last = self.interrupted or step == self.args.steps
             if last or (self.args.save_every and step % self.args.save_every == 0):
-                state = {"step": step, "optimizer": self.optimizer.state(), "stop_ids": self.learner.stop_ids}
+                state = {"step": step, "optimizer": self.optimizer.state(), "success": self.success,
+                         "stop_ids": self.learner.stop_ids}
                 torch.save(state, self.out / "checkpoint.partial")
                 os.replace(self.out / "checkpoint.partial", self.out / "checkpoint.pt")  # always a whole one
             if last:
@@ -296,12 +337,18 @@ class Run:
         signal.signal(signal.SIGINT, before)
         self.bar.close()
 
-    def record(self, step, share, problems, rollouts, texts, scores, metrics, seconds):
-        """Writes the step's line of metrics.jsonl (README has a glossary), after evaluating if it is time to."""
+    def record(self, step, share, batch, updates):
+        """Writes the step's line of metrics.jsonl (README has a glossary), after evaluating if it is time to. `updates`:
+        one_update's of the step, one or (--mix separate) two, whose metrics are averaged."""
+        rollouts, texts, scores, metrics, seconds = zip(*updates)
+        rollouts, scores, seconds = mix(*rollouts), torch.cat(scores, 1), sum(seconds).tolist()
+        texts = [sum(groups, []) for groups in zip(*texts)]
+        both = lambda key: [part[key] for part in metrics if part[key] is not None]
+        metrics = {key: sum(both(key)) / len(both(key)) if both(key) else None for key in metrics[0]}
         args, explorer = self.args, rollouts.from_explorer
         answers, rewards = scores.unbind(-1)  # [P, G] each
         mean = lambda x: x.float().mean().item() if x.numel() else None
-        line = {"step": step, "share": share,
+        line = {"step": step, "share": mean(explorer) if args.schedule == "rescue" else share,
                 "rollouts_explorer": int(explorer.sum()), "rollouts_learner": int((~explorer).sum()),
                 "reward": mean(rewards), "reward_explorer": mean(rewards[explorer]),
                 "reward_learner": mean(rewards[~explorer]), "reward_answer": mean(answers),
@@ -315,7 +362,7 @@ class Run:
             line |= self.evaluate(self.learner, "learner after" if last else None)
             group = zip(explorer[0].tolist(), rewards[0].tolist(), texts[0])
             (self.out / "rollouts").mkdir(exist_ok=True)
-            (self.out / "rollouts" / f"step_{step}.txt").write_text(problems[0].question + "\n\n" + "\n".join(
+            (self.out / "rollouts" / f"step_{step}.txt").write_text(self.problems[batch[0]].question + "\n\n" + "\n".join(
                 f"{'explorer' if by_explorer else 'learner'}, reward {r:g}: {text}" for by_explorer, r, text in group))
         self.write(line)
         self.bar.set_postfix(reward=f"{line['reward']:.2f}", explorer=f"{share:.0%}")
@@ -341,7 +388,7 @@ class Run:
         again = shlex.join(["python", *words])
         if lines[-1]["step"] < self.args.steps:
             print(f"stopped by Ctrl-C; go on with: {again} --out {self.out} --resume")
-        elif self.args.explorer == "none":
+        elif not self.args.explorer:
             print("try next, the same with an explorer: leave out `--explorer none`")
         else:
             print(f"try next, the same without an explorer: {again} --explorer none")

@@ -60,28 +60,36 @@ def new_model(width, layers, tokenizer, generator):
     return model
 
 
-def pretrain(model, ids, prompt_lengths, lengths, epochs, generator, bar):
-    """Next-token training, loss on the solution only. ids [N, L]; every row: prompt, solution, EOS, padding."""
-    device = model.norm.weight.device
-    steps_per_epoch = len(ids) // BATCH
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.01, betas=(0.9, 0.95),
-                                  fused=device.type != "mps")
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=LR, total_steps=epochs * steps_per_epoch, pct_start=0.05)
+def pretrain(name, tokenizer, corpus, size, epochs, seed, device="cpu", stop_after=None):
+    """A model of size (width, layers) after next-token training on corpus [(question, solution)], loss on the solution
+    only. `stop_after` epochs it is an earlier checkpoint of the same training."""
+    encoded = tokenizer([question + solution + EOS for question, solution in corpus]).input_ids
+    prompts = tokenizer([question for question, _ in corpus]).input_ids
+    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in encoded], batch_first=True)  # [N, L]
+    first, end = (torch.tensor([len(row) for row in rows])[:, None] for rows in (prompts, encoded))
     columns = torch.arange(1, ids.shape[1])
-    target_mask = (columns >= prompt_lengths[:, None]) & (columns < lengths[:, None])
-    for _ in range(epochs):
-        for rows in torch.randperm(len(ids), generator=generator).split(BATCH)[:steps_per_epoch]:
-            batch, mask = ids[rows].to(device), target_mask[rows].to(device)
-            hidden = model(batch[:, :-1])[mask]  # [B, L-1, D] -> [tokens, D]
-            loss = F.cross_entropy(hidden @ model.head.T, batch[:, 1:][mask])
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            bar.update()
-            if bar.n % 50 == 0:
-                bar.set_postfix(loss=f"{loss.item():.3f}")
+    target_mask = (columns >= first) & (columns < end)  # [N, L-1]: solution and EOS
+    generator = torch.Generator().manual_seed(seed)
+    model = new_model(*size, tokenizer, generator).to(device)
+    steps_per_epoch = len(ids) // BATCH
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.01, betas=(0.9, 0.95), fused=device != "mps")
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=LR, total_steps=epochs * steps_per_epoch, pct_start=0.05)
+    last, parameters = stop_after or epochs, sum(p.numel() for p in model.parameters())
+    with tqdm(total=last * steps_per_epoch, desc=f"pretraining {name}, {parameters:,} parameters", dynamic_ncols=True) as bar:
+        for _ in range(last):
+            for rows in torch.randperm(len(ids), generator=generator).split(BATCH)[:steps_per_epoch]:
+                batch, mask = ids[rows].to(device), target_mask[rows].to(device)
+                hidden = model(batch[:, :-1])[mask]  # [B, L-1, D] -> [tokens, D]
+                loss = F.cross_entropy(hidden @ model.head.T, batch[:, 1:][mask])
+                optimizer.zero_grad()
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                schedule.step()
+                bar.update()
+                if bar.n % 50 == 0:
+                    bar.set_postfix(loss=f"{loss.item():.3f}")
+    return model
 
 
 def make_family(out, task="habit", seed=0, noise=0.01, sizes=None, corpus_size=None, epochs=None, device="cpu"):
@@ -92,18 +100,9 @@ def make_family(out, task="habit", seed=0, noise=0.01, sizes=None, corpus_size=N
     corpus_size, epochs = corpus_size or CORPUS[task][0], epochs or CORPUS[task][1]
     tokenizer = make_tokenizer(partial)
     corpus = reward.make_corpus(task, corpus_size, seed, noise)
-    encoded = tokenizer([question + solution + EOS for question, solution in corpus]).input_ids
-    lengths = torch.tensor([len(row) for row in encoded])
-    prompt_lengths = torch.tensor([len(row) for row in tokenizer([question for question, _ in corpus]).input_ids])
-    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in encoded], batch_first=True)
     started = time.time()
-    for name, (width, layers) in sizes.items():
-        generator = torch.Generator().manual_seed(seed)
-        model = new_model(width, layers, tokenizer, generator).to(device)
-        size = sum(p.numel() for p in model.parameters())
-        steps = epochs * (corpus_size // BATCH)
-        with tqdm(total=steps, desc=f"pretraining {name}, {size:,} parameters", dynamic_ncols=True) as bar:
-            pretrain(model, ids, prompt_lengths, lengths, epochs, generator, bar)
+    for name, size in sizes.items():
+        model = pretrain(name, tokenizer, corpus, size, epochs, seed, device)
         models.save(model, tokenizer, partial / name)
     used = {question for question, _ in corpus}
     problems = reward.make_problems(task, 2_560, seed, exclude=used)

@@ -1,0 +1,411 @@
+"""Is the paper right? Every claim about S2L-PO as one command: a table, a JSON and a picture in assets/claims/.
+
+    python recipes/claims.py gain --seeds 5           a claim of CLAIMS, or `all`; recipes/claims.md says what each asks
+    python recipes/claims.py search                   first of all: every arm's learning rate, on the search pair
+
+An *arm* is a set of train.py's flags. A *run* is one arm at one learning rate on one base pair with one RL seed. Runs are
+kept under runs/claims, so an interrupted claim goes on where it stopped, and claims share what they have in common.
+
+A *base pair* is an explorer and a learner that recipes/family.py pretrains from one seed: own corpus, own table of habits,
+own initial weights, own problems. Rates are chosen on pair 0 and used on others, the first from pair 10 on that qualify.
+Every arm is shown at one rate for all and at its own best rate out of the same grid.
+
+Intervals. Runs on one pair are alike (an easy pair is easy for every seed), so seeds alone would promise too much. The pair
+is a random effect: differences to the reference arm are averaged over a pair's seeds, and Student's t over those means.
+For a balanced design that is the mixed model's interval exactly. With 3 pairs t is 4.3: an effect must be large or steady.
+"""
+import argparse
+import contextlib
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import model as models
+import reward
+import train
+from eval import crossover as find_crossover
+from eval import new_figure, pass_at_k, powers_of_two, rescue, table
+from recipes.pairs import RUNS, directory, make_member, measure, qualified, thinned
+from sample import sample
+
+ASSETS = Path("assets/claims")
+STEPS = 32
+STUDY = (f"--steps {STEPS} --prompts-per-step 8 --group-size 16 --minibatches 2 --max-new-tokens 16 --eval-every 8 "
+         "--eval-problems 128 --eval-n 16 --save-every 0 --device cpu --compile off").split()
+GRID = (2e-4, 4e-4, 8e-4, 1.6e-3)
+SEARCH_PAIR, SEARCH_SEEDS = 0, (100,)
+
+ARMS = {  # name: train.py's flags; {base} is the directory of the base pair
+    "GRPO": "--explorer none",
+    "S2L-PO": "",
+    "T_mix 12%": f"--mix-steps {STEPS // 8}", "T_mix 25%": f"--mix-steps {STEPS // 4}",
+    "T_mix 75%": f"--mix-steps {STEPS * 3 // 4}", "T_mix 100%": f"--mix-steps {STEPS}",
+    "cosine": "--schedule cosine", "abrupt": "--schedule step",
+    "explorer only": "--schedule constant --explorer-share 1", "separate": "--mix separate",
+    "GRPO at T 0.7": "--explorer none --temperature 0.7", "GRPO at T 1.3": "--explorer none --temperature 1.3",
+    "GRPO at T 1.6": "--explorer none --temperature 1.6",
+    "hot copy": "--explorer {base}/learner --explorer-temperature 1.6",
+    "thinned": "",  # and `thinned` in the place of train.sample
+    "twin": "--explorer {base}/twin", "early": "--explorer {base}/early", "pruned": "--explorer {base}/pruned",
+    "behaviour": "--off-policy behaviour", "truncated": "--off-policy truncated",
+    "geometric": "--off-policy geometric", "positive": "--off-policy positive",
+    "measured": "--schedule measured", "measured, geometric": "--schedule measured --off-policy geometric",
+    "measured, positive": "--schedule measured --off-policy positive",
+    "rescue": "--schedule rescue", "rescue, geometric": "--schedule rescue --off-policy geometric",
+    "fleet of 2": "--explorer {base}/explorer {base}/middle",
+    "fleet of 3": "--explorer {base}/explorer {base}/middle {base}/twin",
+}
+CLAIMS = {  # name: the arms that are compared; the first is the reference
+    "gain": ("GRPO", "S2L-PO"),
+    "annealing": ("S2L-PO", "GRPO", "T_mix 12%", "T_mix 25%", "T_mix 75%", "T_mix 100%", "cosine", "abrupt", "explorer only",
+                  "separate"),
+    "noise": ("GRPO", "GRPO at T 0.7", "GRPO at T 1.3", "GRPO at T 1.6", "hot copy", "S2L-PO"),
+    "diversity": ("S2L-PO", "thinned", "GRPO"),
+    "size-or-difference": ("S2L-PO", "twin", "early", "pruned", "GRPO"),
+    "treatment": ("S2L-PO", "behaviour", "truncated", "geometric", "positive", "GRPO"),
+    "measured": ("GRPO", "S2L-PO", "geometric", "positive", "measured", "measured, geometric", "measured, positive", "rescue",
+                 "rescue, geometric"),
+    "fleet": ("S2L-PO", "fleet of 2", "fleet of 3", "GRPO"),
+}
+BOTH_TASKS = ("crossover", "gain", "measured")  # the others are asked of `habit` alone, unless --task says otherwise
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t, 97.5%, 1 to 9 degrees of freedom
+
+
+# ---- runs ----------------------------------------------------------------------------------------------------------
+
+def members_of(arms):
+    return {"explorer"} | {part.removeprefix("{base}/") for arm in arms for part in ARMS[arm].split() if "{base}/" in part}
+
+
+def flags_of(arm, base):
+    """`S2L-PO by epoch 5`: the arm S2L-PO with base/epoch 5 as its explorer."""
+    name, _, explorer = arm.partition(" by ")
+    return [part.format(base=base) for part in ARMS[name].split()] + (["--explorer", str(base / explorer)] if explorer else [])
+
+
+def path_of(task, pair, arm, lr, seed):
+    return RUNS / "results" / f"{task}-{pair}" / arm.replace(" ", "_") / f"{lr:g}" / f"{seed}.jsonl"
+
+
+def work(job):
+    """In a worker process: a member to pretrain (task, pair, name) or a run (task, pair, arm, lr, seed), unless it is there.
+    Leaves a run's metrics.jsonl as the one file path_of names."""
+    with open(os.devnull, "w") as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
+        torch.set_num_threads(1)
+        task, pair, what = job[:3]
+        base = directory(task, pair)
+        if len(job) == 3:
+            return make_member(task, pair, what)
+        lr, seed = job[3:]
+        out = RUNS / f"worker-{os.getpid()}"
+        shutil.rmtree(out, ignore_errors=True)
+        learner, _, arm = what.rpartition(" | ")
+        args = train.parse_args([*STUDY, "--learner", str(base / (learner or "learner")), "--explorer", str(base / "explorer"),
+                                 "--data", str(base / "train.jsonl"), "--eval-data", str(base / "heldout.jsonl"),
+                                 "--lr", str(lr), "--seed", str(seed), "--out", str(out), *flags_of(arm, base)])
+        train.resolve_args(args)
+        train.sample = thinned if arm == "thinned" else sample
+        train.train(args, train.Run(args))
+        path_of(*job).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(out / "metrics.jsonl", path_of(*job))
+        shutil.rmtree(out)
+
+
+def do(jobs, workers, title):
+    """Does those jobs that are not done yet, side by side. Interrupted, what is done stays done."""
+    done = lambda job: (directory(*job[:2]) / job[2]).exists() if len(job) == 3 else path_of(*job).exists()
+    jobs = [job for job in dict.fromkeys(jobs) if not done(job)]
+    if not jobs:
+        return
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        for _ in tqdm(pool.imap_unordered(work, jobs), total=len(jobs), desc=title, unit="job", dynamic_ncols=True):
+            pass
+
+
+def curve(task, pair, arm, lr, seed):
+    """{metric: values at the evaluations} of a run."""
+    lines = [json.loads(line) for line in path_of(task, pair, arm, lr, seed).read_text().splitlines()]
+    evals = [line for line in lines if "eval_pass@1" in line]
+    return {"step": [line["step"] for line in evals], "strict@1": [line["eval_strict_pass@1"] for line in evals],
+            "strict@16": [line["eval_strict_pass@16"] for line in evals], "answer@1": [line["eval_pass@1"] for line in evals]}
+
+
+def area(values):
+    """Mean height of a curve at equal distances (trapezoid rule): the whole of training in one number."""
+    return float(np.mean((np.array(values[1:]) + values[:-1]) / 2))
+
+
+def numbers(task, pairs, arm, lr, seeds):
+    """{metric: [pairs, seeds]}."""
+    curves = [[curve(task, pair, arm, lr, seed) for seed in seeds] for pair in pairs]
+    of = lambda f: np.array([[f(c) for c in row] for row in curves])
+    return {"area@1": of(lambda c: area(c["strict@1"])), "area@16": of(lambda c: area(c["strict@16"])),
+            "final@1": of(lambda c: c["strict@1"][-1]), "final@16": of(lambda c: c["strict@16"][-1]),
+            "answer@1": of(lambda c: c["answer@1"][-1]), "curve": of(lambda c: c["strict@1"])}
+
+
+def interval(values):
+    """(mean, half width) of the 95% interval for values [pairs, seeds], the pair being a random effect."""
+    means = np.asarray(values).mean(1)
+    if len(means) < 2:
+        return float(means.mean()), math.nan
+    return float(means.mean()), float(T_975[len(means) - 2] * means.std(ddof=1) / math.sqrt(len(means)))
+
+
+# ---- learning rates ------------------------------------------------------------------------------------------------
+
+def search(args):
+    """Every arm at every rate of the grid on the search pair. Writes search.json, which all claims read."""
+    arms = list(dict.fromkeys(arm for name in CLAIMS for arm in CLAIMS[name]))
+    found = {}
+    for task in args.task or ("habit", "natural"):
+        wanted = arms if task == "habit" else [arm for arm in arms if any(arm in CLAIMS.get(name, ()) for name in BOTH_TASKS)]
+        do([(task, SEARCH_PAIR, name) for name in sorted(members_of(wanted))], args.workers, f"search: {task}'s models")
+        do([(task, SEARCH_PAIR, arm, lr, seed) for seed in SEARCH_SEEDS for lr in GRID for arm in wanted], args.workers,
+           f"search on {task}")
+        found[task] = {arm: {f"{lr:g}": interval(numbers(task, [SEARCH_PAIR], arm, lr, SEARCH_SEEDS)["area@1"])[0] for lr in GRID}
+                       for arm in wanted}
+        print(f"\n{task}: area under held-out strict pass@1, pair {SEARCH_PAIR}, RL seeds {SEARCH_SEEDS}")
+        print(f"{'':22}" + "".join(f"{lr:>10g}" for lr in GRID))
+        for arm, row in found[task].items():
+            print(f"{arm:22}" + "".join(f"{value:9.3f}{'*' if value == max(row.values()) else ' '}" for value in row.values()))
+    write_json("search", found)
+
+
+def rates(task, arm):
+    """(equal, best): the rate at which GRPO and S2L-PO do best on average, and the arm's own best, on the search pair."""
+    try:
+        found = json.loads((ASSETS / "search.json").read_text())[task]
+    except (OSError, KeyError):
+        raise ValueError(f"no learning rates for {task} in {ASSETS}/search.json: run `python recipes/claims.py search`") from None
+    together = {lr: found["GRPO"][lr] + found["S2L-PO"][lr] for lr in found["GRPO"]}
+    return float(max(together, key=together.get)), float(max(found[arm], key=found[arm].get))
+
+
+# ---- the comparison of arms ----------------------------------------------------------------------------------------
+
+def compare(name, args):
+    """Runs a claim's arms at the equal rate and at each one's own best (`gain`: at every rate); table, JSON and picture."""
+    arms = CLAIMS[name]
+    for task in args.task or (("habit", "natural") if name in BOTH_TASKS else ("habit",)):
+        pairs, seeds = qualified(task, args.pairs), range(args.seeds)
+        choices = {which: {arm: rates(task, arm)[i] for arm in arms} for i, which in enumerate(("equal", "best"))}
+        if name == "gain":
+            choices |= {f"{lr:g}": dict.fromkeys(arms, lr) for lr in GRID}
+        do([(task, pair, member) for pair in pairs for member in sorted(members_of(arms))], args.workers, f"{name}: models")
+        do([(task, pair, arm, lr, seed) for seed in seeds for pair in pairs for chosen in choices.values()
+            for arm, lr in chosen.items()], args.workers, f"{name} on {task}")
+        print(f"\n{name} on {task}: {len(pairs)} base pairs x {len(seeds)} seeds, held-out strict pass@k; 95% intervals")
+        result = {"task": task, "pairs": pairs, "seeds": len(seeds), "reference": arms[0]}
+        for which, chosen in choices.items():
+            title = {"equal": "all at one rate", "best": "each at its own best rate"}.get(which, f"all at {which}")
+            result[which] = beside(arms[0], {arm: numbers(task, pairs, arm, lr, seeds) | {"lr": lr} for arm, lr in chosen.items()})
+            print(f"\n{title:24}{'rate':>8}{'area@1':>8}{'final@1':>9}{'@16':>7}{'answer@1':>10}"
+                  f"   area@1 beside {arms[0]:10}      wins   area@16")
+            for arm, row in result[which].items():
+                difference = (f"{row['gain']:+.3f} [{row['gain'] - row['half']:+.3f}, {row['gain'] + row['half']:+.3f}]"
+                              f"{row['wins']:6d}/{row['of']}   {row['gain@16']:+.3f} +-{row['half@16']:.3f}")
+                print(f"{arm:24}{row['lr']:8g}{row['area@1']:8.3f}{row['final@1']:9.3f}{row['final@16']:7.3f}{row['answer@1']:10.3f}"
+                      f"   {'reference' if arm == arms[0] else difference}")
+        label = name if task == "habit" else f"{name}-{task}"
+        write_json(label, result)
+        draw(label, result)
+
+
+def beside(reference, arms):
+    """{arm: means over runs, and differences to the reference with intervals} from {arm: `numbers`, lr}."""
+    rows = {}
+    for arm, got in arms.items():
+        one, sixteen = (got[key] - arms[reference][key] for key in ("area@1", "area@16"))  # [pairs, seeds], paired
+        rows[arm] = {"lr": got["lr"]} | {key: got[key].mean((0, 1)).tolist() for key in got if key != "lr"}
+        rows[arm] |= dict(zip(("gain", "half", "gain@16", "half@16"), interval(one) + interval(sixteen)))
+        rows[arm] |= {"wins": int((one > 0).sum()), "of": one.size, "runs": got["area@1"].tolist()}
+    return rows
+
+
+def draw(label, result):
+    """Learning curves at each arm's own best rate; gains over the reference with intervals, at both choices of rate."""
+    if (figure := new_figure(2)) is None:
+        return
+    figure, (left, right) = figure
+    arms = list(result["best"])
+    x = np.arange(len(result["best"][arms[0]]["curve"])) * 8
+    for i, arm in enumerate(arms):
+        left.plot(x, result["best"][arm]["curve"], "o-", markersize=3, color=f"C{i}", label=f"{arm} ({result['best'][arm]['lr']:g})")
+        for which, shift, marker in (("equal", -0.12, "o"), ("best", 0.12, "s")):
+            row = result[which][arm]
+            if arm != result["reference"]:
+                right.errorbar(row["gain"], -i + shift, xerr=row["half"], fmt=marker, markersize=4, color=f"C{i}", capsize=2,
+                               markerfacecolor="white" if which == "equal" else f"C{i}")
+    left.set(xlabel="step", ylabel="held-out strict pass@1", title=f"{label}: each at its own best rate")
+    left.legend(fontsize=7)
+    right.axvline(0, color="grey", linewidth=0.8)
+    right.set_yticks([-i for i in range(1, len(arms))], arms[1:], fontsize=8)
+    right.set(xlabel="area under pass@1, less " + result["reference"] + "'s", title="hollow: one rate for all; full: own best")
+    figure.savefig(ASSETS / f"{label}.png", dpi=110)
+
+
+def write_json(name, content):
+    ASSETS.mkdir(parents=True, exist_ok=True)
+    (ASSETS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+# ---- claims that are not a comparison of arms ------------------------------------------------------------------------
+
+def crossover(name, args):
+    """pass@k of a ladder of four sizes, k to 256, over all pairs' held-out problems; bootstrap intervals over problems."""
+    n, ladder = 256, {"explorer": "explorer", "between": "middle", "learner": "learner", "larger": "large"}
+    ks, random = powers_of_two(n), np.random.default_rng(0)
+    for task in args.task or ("habit", "natural"):
+        pairs, each = qualified(task, args.pairs), {}
+        do([(task, pair, member) for pair in pairs for member in ladder.values()], args.workers, f"{name}: models")
+        for label, member in ladder.items():
+            right = [c for pair in pairs for c in measure(task, pair, member, n)["strict"]]
+            each[label] = np.array([[pass_at_k([c], n, k) for k in ks] for c in right])  # [problems, ks]
+        draws = random.integers(len(right), size=(1_000, len(right)))
+        bands = {label: np.quantile(values[draws].mean(1), (0.025, 0.975), axis=0).tolist() for label, values in each.items()}
+        curves = {label: values.mean(0).tolist() for label, values in each.items()}
+        print(f"\n{name} on {task}: strict pass@k, {len(right)} problems of {len(pairs)} pairs, {n} rollouts each\n{table(ks, curves)}")
+        found = {}
+        for label in ("between", "learner", "larger"):
+            k = find_crossover(ks, curves[label], curves["explorer"])
+            spread = [find_crossover(ks, each[label][rows].mean(0), each["explorer"][rows].mean(0)) for rows in draws[:200]]
+            inside = sorted(x for x in spread if x)
+            found[label] = {"k": k, "share of resamples": len(inside) / 200,
+                            "interval": [inside[int(0.025 * len(inside))], inside[int(0.975 * len(inside))]] if inside else None}
+            print(f"explorer overtakes {label}: " + (f"at k = {k:.1f}, " if k else "never or always ahead, ") +
+                  f"in {len(inside) / 2:.0f}% of resamples" + (" between {:.1f} and {:.1f}".format(*found[label]["interval"]) if inside else ""))
+        label = name if task == "habit" else f"{name}-{task}"
+        write_json(label, {"task": task, "pairs": pairs, "k": ks, "pass@k": curves, "95%": bands, "crossover": found})
+        if figure := new_figure(1):
+            for member, values in curves.items():
+                line, = figure[1].plot(ks, values, "o-", markersize=3, label=member)
+                figure[1].fill_between(ks, *bands[member], alpha=0.2, color=line.get_color())
+            figure[1].set(xscale="log", xlabel="k", ylabel="strict pass@k", ylim=(0, 1.02), title=f"{task}: base models")
+            figure[1].set_xticks(ks, [str(k) for k in ks])
+            figure[1].minorticks_off()
+            figure[1].legend(fontsize=8)
+            figure[0].savefig(ASSETS / f"{label}.png", dpi=110)
+
+
+def compute(name, args):
+    """Rollout FLOPs (2 per parameter and token, prompts prefilled once for each source) and seconds of S2L-PO's runs in
+    ratio to GRPO's, out of the runs of `gain` at the equal rate."""
+    compare("gain", args)
+    for task in args.task or ("habit", "natural"):
+        pairs, spent = qualified(task, args.pairs), {}
+        for arm in CLAIMS["gain"]:
+            rows = []
+            for pair in pairs:
+                base = directory(task, pair)
+                size = {who: sum(p.numel() for p in models.load(base / who)[0].parameters()) for who in ("explorer", "learner")}
+                question = len(reward.load_problems(base / "train.jsonl")[0].question)
+                for seed in range(args.seeds):
+                    lines = [json.loads(line) for line in path_of(task, pair, arm, rates(task, arm)[0], seed).read_text().splitlines()]
+                    steps = [line for line in lines if line["step"]]
+                    flops = sum(2 * size[who] * (line[f"rollouts_{who}"] * line[f"length_{who}"] + 8 * question)
+                                for line in steps for who in size if line[f"rollouts_{who}"])
+                    rows.append((flops, sum(line["seconds_sampling"] for line in steps),
+                                 sum(line["seconds_sampling"] + line["seconds_training"] for line in steps)))
+            spent[arm] = np.array(rows).reshape(len(pairs), args.seeds, 3)
+        ratios = spent["S2L-PO"] / spent["GRPO"]
+        result = {what: interval(ratios[..., i]) for i, what in enumerate(("rollout FLOPs", "rollout seconds", "step seconds"))}
+        print(f"\n{name} on {task}, S2L-PO in ratio to GRPO: " +
+              ", ".join(f"{what} {mean:.3f} +-{half:.3f}" for what, (mean, half) in result.items()))
+        write_json(name if task == "habit" else f"{name}-{task}", result)
+
+
+def diversity(name, args):
+    """How groups of 16 of the base models vary; then training with the explorer's rollouts thinned to the learner's variety."""
+    pairs, rows = qualified("habit", args.pairs), {}
+    for label, member, options in (("learner", "learner", {}), ("learner at T 1.3", "learner", {"temperature": 1.3}),
+                                   ("learner at T 1.6", "learner", {"temperature": 1.6}), ("explorer", "explorer", {}),
+                                   ("explorer, thinned", "explorer", {"write": thinned})):
+        found = [measure("habit", pair, member, 16, **options) for pair in pairs]
+        rows[label] = {key: float(np.mean([f[key] for f in found])) for key in
+                       ("distinct methods", "distinct answers", "distinct texts", "method entropy", "executed")}
+        rows[label]["pass@16"] = float(np.mean([pass_at_k(f["strict"], 16, 16) for f in found]))
+    print("\ngroups of 16 on held-out problems\n" + " " * 20 + "".join(f"{key:>18}" for key in rows["learner"]))
+    for label, row in rows.items():
+        print(f"{label:20}" + "".join(f"{value:18.3f}" for value in row.values()))
+    write_json("diversity-measured", rows)
+    compare(name, args)
+
+
+def when(name, args):
+    """The map: gain of S2L-PO over GRPO, each at its best rate of the grid in that place, over the strength of the learner's
+    habit and the competence of the explorer."""
+    learners = ("noise 32%", "noise 8%", "learner", "noise 0%")
+    explorers = ("narrow", "epoch 3", "epoch 4", "explorer")
+    pairs, seeds, places = qualified("habit", args.pairs), range(args.seeds), []
+    do([("habit", pair, member) for pair in pairs for member in (*learners, *explorers)], args.workers, f"{name}: models")
+    # The pair's own learner and explorer are what `gain` trains: the same arms, so the same runs.
+    arm_of = lambda learner, arm: (arm if learner == "learner" else f"{learner} | {arm}").removesuffix(" by explorer")
+    arms = [arm_of(learner, arm) for learner in learners for arm in ("GRPO", *(f"S2L-PO by {e}" for e in explorers))]
+    do([("habit", pair, arm, lr, seed) for seed in seeds for pair in pairs for arm in arms for lr in GRID], args.workers, name)
+    print(f"\n{name}: {len(pairs)} pairs x {len(seeds)} seeds; gain in area under strict pass@1, each at its best rate of {GRID}\n"
+          f"{'learner':12}{'explorer':10}{'executed':>9}{'own success':>12}{'groups fail':>12}{'rescued':>9}{'GRPO':>7}{'S2L-PO':>8}{'gain':>8}")
+    for learner in learners:
+        for explorer in explorers:
+            best = lambda arm: max((numbers("habit", pairs, arm_of(learner, arm), lr, seeds)["area@1"] for lr in GRID),
+                                   key=lambda x: x.mean())
+            grpo, s2l = best("GRPO"), best(f"S2L-PO by {explorer}")
+            right = [[measure("habit", pair, who, 64) for who in (learner, explorer)] for pair in pairs]
+            before = np.mean([rescue(l["strict"], e["strict"], 64, 16) for l, e in right], axis=0)
+            own = float(np.mean([pass_at_k(l["strict"], 64, 1) for l, _ in right]))
+            place = {"learner": learner, "explorer": explorer, "executed": float(np.mean([e["executed"] for _, e in right])),
+                     "own success": own, "groups fail": float(before[0]), "rescued": float(before[1]), "GRPO": float(grpo.mean()),
+                     "S2L-PO": float(s2l.mean()), "gain": float((s2l - grpo).mean()), "runs": (s2l - grpo).tolist()}
+            places.append(place)
+            print(f"{learner:12}{explorer:10}{place['executed']:9.2f}{own:12.3f}{before[0]:12.3f}{before[1]:9.3f}"
+                  f"{place['GRPO']:7.3f}{place['S2L-PO']:8.3f}{place['gain']:+8.3f}")
+    write_json(name, {"pairs": list(pairs), "seeds": len(seeds), "grid": GRID, "places": places})
+    if figure := new_figure(1):
+        gains = np.array([place["gain"] for place in places]).reshape(len(learners), len(explorers))
+        image = figure[1].imshow(gains, cmap="RdBu", vmin=-abs(gains).max(), vmax=abs(gains).max(), origin="lower", aspect="auto")
+        if gains.min() < 0 < gains.max():
+            figure[1].contour(gains, levels=[0], colors="black")
+        for (i, j), gain in np.ndenumerate(gains):
+            figure[1].text(j, i, f"{gain:+.2f}", ha="center", va="center")
+        figure[1].set_xticks(range(len(explorers)), [f"{e}\n{p['executed']:.0%} executed" for e, p in zip(explorers, places)], fontsize=8)
+        figure[1].set_yticks(range(len(learners)), [f"{l}\n{places[i * len(explorers)]['groups fail']:.0%} of groups fail"
+                                                    for i, l in enumerate(learners)], fontsize=8)
+        figure[1].set(title="S2L-PO's gain over GRPO, each at its best rate", xlabel="explorer", ylabel="learner's habit")
+        figure[0].colorbar(image)
+        figure[0].savefig(ASSETS / f"{name}.png", dpi=110)
+
+
+SPECIAL = {"crossover": crossover, "compute": compute, "diversity": diversity, "when": when}
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Test one of the paper's claims, or a question it left open.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("name", choices=("search", *dict.fromkeys((*SPECIAL, *CLAIMS)), "all"), help="recipes/claims.md describes each")
+    add("--pairs", type=int, default=3, help="base pairs")
+    add("--seeds", type=int, default=5, help="RL seeds for each pair")
+    add("--task", choices=reward.TASKS, action="append", help="the claim's own where not given")
+    add("--workers", type=int, default=os.cpu_count(), help="processes of one thread each")
+    args = parser.parse_args()
+    try:
+        if args.name == "search":
+            return search(args)
+        for name in dict.fromkeys((*SPECIAL, *CLAIMS)) if args.name == "all" else [args.name]:
+            SPECIAL.get(name, compare)(name, args)
+    except (ValueError, OSError) as error:
+        print(f"claims.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

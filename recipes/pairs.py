@@ -1,0 +1,106 @@
+"""Base pairs for the study of recipes/claims.py: made, measured and qualified before any RL.
+
+A pair is an explorer and a learner that recipes/family.py pretrains from one seed (own corpus, table of habits, initial
+weights, problems) into runs/claims/TASK-SEED. Its relatives are other models pretrained on the same corpus.
+"""
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import model as models
+import reward
+from recipes.family import CORPUS, SIZES, make_family, make_tokenizer, pretrain
+from sample import Rollouts, decode, encode_prompt, sample
+
+RUNS = Path("runs/claims")
+FIRST_PAIR = 10  # seeds below it are for searching
+RELATIVES = {  # what differs from the learner's pretraining
+    "twin": {"init": 1_000},                                    # other initial weights, corpus in another order
+    "early": {"stop_after": 4},                                 # the learner before it has learnt the habits
+    "middle": {"size": (48, 2)}, "large": {"size": (96, 3)},    # between explorer and learner, and above
+    **{f"noise {percent}%": {"noise": percent / 100} for percent in (0, 8, 32)},  # of stronger and weaker habits
+    "narrow": {"size": (24, 2)},                                # explorers that execute less and less well
+    **{f"epoch {n}": {"size": (32, 2), "stop_after": n} for n in (3, 4)},
+}
+
+
+def directory(task, pair):
+    return RUNS / f"{task}-{pair}"
+
+
+def make_member(task, pair, name):
+    """Pretrains one model of a pair unless it is there; it appears only when it is complete. "pruned" is the learner
+    without its middle layer, and without any training after that."""
+    base = directory(task, pair)
+    if (base / name).exists():
+        return
+    if name in ("explorer", "learner"):
+        return make_family(base, task, pair)
+    partial = base / f"{name}.partial"
+    if name == "pruned":
+        member, tokenizer = models.load(base / "learner")
+        del member.layers[len(member.layers) // 2]
+        member.hf_config = member.hf_config | {"num_hidden_layers": len(member.layers)}
+    else:
+        change, (size, epochs) = RELATIVES[name], CORPUS[task]
+        tokenizer = make_tokenizer(partial)
+        corpus = reward.make_corpus(task, size, pair, change.get("noise", 0.01))
+        member = pretrain(name, tokenizer, corpus, change.get("size", SIZES[task]["learner"]), epochs,
+                          pair + change.get("init", 0), stop_after=change.get("stop_after"))
+    models.save(member, tokenizer, partial)
+    os.replace(partial, base / name)
+
+
+def measure(task, pair, name, n, write=sample, temperature=1.0, problems=128):
+    """What a model does on its pair's held-out problems, n rollouts each: numbers of right ones per problem, and how much
+    groups of 16 vary. In `habit` a solution has a *method*, its operator, and is *executed* if every step is right under
+    that operator, whether or not the problem asked for it."""
+    base = directory(task, pair)
+    model, tokenizer = models.load(base / name)
+    problems = reward.load_problems(base / "heldout.jsonl")[:problems]
+    prompts = [encode_prompt(problem, tokenizer) for problem in problems]
+    texts = decode(write(model, prompts, n, torch.Generator().manual_seed(0), 16, temperature), tokenizer)  # [P][n]
+    right = np.array([[reward.score(problem, text) for text in group] for problem, group in zip(problems, texts)])  # [P, n, 2]
+    groups = [texts_of[i:i + 16] for texts_of in texts for i in range(0, n - 15, 16)]
+    distinct = lambda part: float(np.mean([len({part(text) for text in group}) for group in groups]))
+    found = {"answer": right[..., 0].sum(1).tolist(), "strict": right[..., 1].sum(1).tolist(),
+             "distinct answers": distinct(lambda text: text[-1:]), "distinct texts": distinct(lambda text: text)}
+    if task == "habit":
+        executed = [text[:1] in reward.OPERATIONS and text == reward.habit_solution(problem.question, text[0])
+                    for problem, group in zip(problems, texts) for text in group]
+        shares = [np.array([sum(text[:1] == method for text in group) / n for method in {text[:1] for text in group}])
+                  for group in texts]
+        found |= {"executed": float(np.mean(executed)), "distinct methods": distinct(lambda text: text[:1]),
+                  "method entropy": float(np.mean([-(p * np.log(p)).sum() for p in shares]))}  # nats
+    return found
+
+
+def qualified(task, count):
+    """The first `count` pairs whose explorer executes (at least .8 of its rollouts) and mixes methods (entropy at least .5
+    nats). `natural` has no methods: all its pairs count."""
+    pairs, pair = [], FIRST_PAIR
+    while len(pairs) < count:
+        make_member(task, pair, "explorer")
+        found = measure(task, pair, "explorer", 32) if task == "habit" else {"executed": 1, "method entropy": 1}
+        if found["executed"] >= 0.8 and found["method entropy"] >= 0.5:
+            pairs.append(pair)
+        else:
+            print(f"pair {pair} does not qualify: executed {found['executed']:.2f}, entropy {found['method entropy']:.2f}")
+        pair += 1
+    return pairs
+
+
+def thinned(model, prompts, n, *args, from_explorer=True, **settings):
+    """`sample`, but an explorer's group holds rollouts of one method only, that of its first rollout: each method comes as
+    often as before, and a group has none of the explorer's diversity. Chosen out of 4 times as many."""
+    if not from_explorer:
+        return sample(model, prompts, n, *args, **settings)
+    pool = sample(model, prompts, 4 * n, *args, from_explorer=True, **settings)
+    same = pool.ids[:, :, 0] == pool.ids[:, :1, 0]  # [P, 4n]
+    order = (~same).int().argsort(dim=1, stable=True)  # rollouts of the first one's method stand first
+    chosen = order.gather(1, torch.arange(n) % same.sum(1, keepdim=True))  # [P, n], repeated where they are too few
+    return Rollouts(**{name: x[torch.arange(len(prompts))[:, None], chosen] for name, x in vars(pool).items()})
