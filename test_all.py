@@ -1252,7 +1252,7 @@ def test_relatives_of_a_pair(family, tmp_path, monkeypatch):
     corpus = [(problem.question, reward.habit_solution(problem.question, "-")) for problem in reward.make_problems("habit", 64, 0)]
     monkeypatch.setattr(reward, "make_corpus", lambda task, size, seed, noise: corpus * 4)
     monkeypatch.setitem(pairs.CORPUS, "habit", (256, 2))
-    monkeypatch.setitem(pairs.SIZES, "habit", {"learner": (16, 1)})
+    monkeypatch.setitem(pairs.LADDER, "habit", {"learner": (16, 1)})
     monkeypatch.setattr(pairs, "RELATIVES", {"same": {}, "twin": {"init": 1}, "early": {"stop_after": 1}})
     for name in ("same", "twin", "early"):
         pairs.make_member("habit", 3, name)

@@ -16,6 +16,7 @@ For a balanced design that is the mixed model's interval exactly. With 3 pairs t
 """
 import argparse
 import contextlib
+import itertools
 import json
 import math
 import multiprocessing
@@ -34,7 +35,7 @@ import reward
 import train
 from eval import crossover as find_crossover
 from eval import new_figure, pass_at_k, powers_of_two, rescue, table
-from recipes.pairs import RUNS, directory, make_member, measure, qualified, thinned
+from recipes.pairs import LADDER, RUNS, directory, make_member, measure, qualified, thinned
 from sample import sample
 
 ASSETS = Path("assets/claims")
@@ -263,27 +264,28 @@ def write_json(name, content):
 
 def crossover(name, args):
     """pass@k of a ladder of four sizes, k to 256, over all pairs' held-out problems; bootstrap intervals over problems."""
-    n, ladder = 256, {"explorer": "explorer", "between": "middle", "learner": "learner", "larger": "large"}
-    ks, random = powers_of_two(n), np.random.default_rng(0)
+    n, random = 256, np.random.default_rng(0)
+    ks = powers_of_two(n)
     for task in args.task or ("habit", "natural"):
         pairs, each = qualified(task, args.pairs), {}
-        do([(task, pair, member) for pair in pairs for member in ladder.values()], args.workers, f"{name}: models")
-        for label, member in ladder.items():
+        do([(task, pair, member) for pair in pairs for member in LADDER[task]], args.workers, f"{name}: models")
+        for member in LADDER[task]:
             right = [c for pair in pairs for c in measure(task, pair, member, n)["strict"]]
-            each[label] = np.array([[pass_at_k([c], n, k) for k in ks] for c in right])  # [problems, ks]
+            each[member] = np.array([[pass_at_k([c], n, k) for k in ks] for c in right])  # [problems, ks]
         draws = random.integers(len(right), size=(1_000, len(right)))
         bands = {label: np.quantile(values[draws].mean(1), (0.025, 0.975), axis=0).tolist() for label, values in each.items()}
         curves = {label: values.mean(0).tolist() for label, values in each.items()}
         print(f"\n{name} on {task}: strict pass@k, {len(right)} problems of {len(pairs)} pairs, {n} rollouts each\n{table(ks, curves)}")
         found = {}
-        for label in ("between", "learner", "larger"):
-            k = find_crossover(ks, curves[label], curves["explorer"])
-            spread = [find_crossover(ks, each[label][rows].mean(0), each["explorer"][rows].mean(0)) for rows in draws[:200]]
-            inside = sorted(x for x in spread if x)
-            found[label] = {"k": k, "share of resamples": len(inside) / 200,
-                            "interval": [inside[int(0.025 * len(inside))], inside[int(0.975 * len(inside))]] if inside else None}
-            print(f"explorer overtakes {label}: " + (f"at k = {k:.1f}, " if k else "never or always ahead, ") +
-                  f"in {len(inside) / 2:.0f}% of resamples" + (" between {:.1f} and {:.1f}".format(*found[label]["interval"]) if inside else ""))
+        for larger, smaller in itertools.combinations(reversed(LADDER[task]), 2):
+            lead = lambda rows, column: (each[smaller][rows, column] - each[larger][rows, column]).mean()
+            leads = np.array([[lead(rows, 0), lead(rows, -1)] for rows in draws])
+            first, last = lead(slice(None), 0), lead(slice(None), -1)
+            low, high = np.quantile(leads, (0.025, 0.975), axis=0)
+            k = find_crossover(ks, curves[larger], curves[smaller])
+            found[f"{smaller} beside {larger}"] = {"crossover": k, "at 1": [first, low[0], high[0]], f"at {n}": [last, low[1], high[1]]}
+            print(f"{smaller:8} less {larger:8} at k = 1 {first:+.3f} [{low[0]:+.3f}, {high[0]:+.3f}], at {n} "
+                  f"{last:+.3f} [{low[1]:+.3f}, {high[1]:+.3f}], " + (f"crossover at k = {k:.1f}" if k else "no crossover"))
         label = name if task == "habit" else f"{name}-{task}"
         write_json(label, {"task": task, "pairs": pairs, "k": ks, "pass@k": curves, "95%": bands, "crossover": found})
         if figure := new_figure(1):

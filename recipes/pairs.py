@@ -13,18 +13,19 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import model as models
 import reward
-from recipes.family import CORPUS, SIZES, make_family, make_tokenizer, pretrain
+from recipes.family import CORPUS, make_family, make_tokenizer, pretrain
 from sample import Rollouts, decode, encode_prompt, sample
 
 RUNS = Path("runs/claims")
 FIRST_PAIR = 10  # seeds below it are for searching
+LADDER = {"habit": {"narrow": (24, 2), "explorer": (32, 2), "middle": (48, 2), "learner": (64, 3)},  # width, layers
+          "natural": {"narrow": (32, 2), "explorer": (48, 2), "middle": (64, 3), "learner": (96, 3)}}
 RELATIVES = {  # what differs from the learner's pretraining
-    "twin": {"init": 1_000},                                    # other initial weights, corpus in another order
-    "early": {"stop_after": 4},                                 # the learner before it has learnt the habits
-    "middle": {"size": (48, 2)}, "large": {"size": (96, 3)},    # between explorer and learner, and above
-    **{f"noise {percent}%": {"noise": percent / 100} for percent in (0, 8, 32)},  # of stronger and weaker habits
-    "narrow": {"size": (24, 2)},                                # explorers that execute less and less well
-    **{f"epoch {n}": {"size": (32, 2), "stop_after": n} for n in (3, 4)},
+    "narrow": {"like": "narrow"}, "middle": {"like": "middle"},  # other sizes
+    "twin": {"init": 1_000},                                     # other initial weights, corpus in another order
+    "early": {"stop_after": 4},                                  # the learner before it has learnt the habits
+    **{f"noise {percent}%": {"noise": percent / 100} for percent in (0, 8, 32)},  # learners of stronger and weaker habits
+    **{f"epoch {n}": {"like": "explorer", "stop_after": n} for n in (3, 4)},      # explorers that execute less well
 }
 
 
@@ -49,7 +50,7 @@ def make_member(task, pair, name):
         change, (size, epochs) = RELATIVES[name], CORPUS[task]
         tokenizer = make_tokenizer(partial)
         corpus = reward.make_corpus(task, size, pair, change.get("noise", 0.01))
-        member = pretrain(name, tokenizer, corpus, change.get("size", SIZES[task]["learner"]), epochs,
+        member = pretrain(name, tokenizer, corpus, LADDER[task][change.get("like", "learner")], epochs,
                           pair + change.get("init", 0), stop_after=change.get("stop_after"))
     models.save(member, tokenizer, partial)
     os.replace(partial, base / name)
