@@ -155,9 +155,14 @@ def main():
     for name, result in results.items():
         print(f"\n{name}: {sum(result['tokens']) / rollouts:.1f} tokens a rollout, "
               f"{sum(result['truncated']) / rollouts:.1%} cut at --max-new-tokens {args.max_new_tokens}")
-    found = crossover(ks, *list(curves.values())[:2]) if len(curves) > 1 else None
+    found = None
     if len(curves) > 1:
+        found = crossover(ks, *list(curves.values())[:2])
         print(f"crossover of the first two: {f'k = {found:.1f}' if found else 'none'}")
+        (first, second), group = [result[kind] for result in list(results.values())[:2]], min(16, args.n)
+        fails, rescued = rescue(first, second, args.n, group)
+        print(f"as learner and explorer: {fails:.0%} of the first's groups of {group} fail altogether; on those problems {rescued:.1%} "
+              f"of the second's rollouts\nare right, while {pass_at_k(first, args.n, 1):.1%} of the first's own are right on all problems")
 
     out = Path(args.out or time.strftime("runs/eval-%Y%m%d-%H%M%S"))
     out.mkdir(parents=True, exist_ok=True)

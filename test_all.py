@@ -391,7 +391,8 @@ def test_trap_10_groups_are_kept_by_place_not_by_prompt():
     assert both.ids.shape == (3, 5, 9) and both.from_explorer.tolist() == [[True, True, False, False, False]] * 3
     assert torch.equal(both.ids[:, :2, :5], a.ids) and torch.equal(both.ids[:, 2:], b.ids) and not both.mask[:, :2, 5:].any()
     assert not torch.equal(b.ids[0], b.ids[2])  # the same prompt twice: two groups of their own
-    assert sampling.mix(None, b) is b and sampling.mix(a, None) is a
+    stacked = sampling.mix(a.groups([2, 0]), a, dim=0)
+    assert torch.equal(stacked.ids, a.ids[[2, 0, 0, 1, 2]]) and torch.equal(stacked.lengths, a.lengths[[2, 0, 0, 1, 2]])
 
 
 def test_trap_22_exactly_one_bos(tmp_path):
@@ -1045,6 +1046,16 @@ def test_separate_updates_each_source_by_itself(family, tmp_path, monkeypatch):
     assert not torch.equal(updates[2][2], updates[3][2])  # the learner has moved before its own rollouts are used
     assert [(line["rollouts_explorer"], line["rollouts_learner"]) for line in lines[1:]] == [(16, 0), (12, 0), (8, 8), (0, 16)]
     assert lines[3]["ratio_explorer"] is not None and lines[3]["ratio_learner"] is not None
+
+
+def test_an_explorer_that_has_left_is_freed(family, tmp_path):
+    args = training.parse_args([str(flag) for flag in flags(family, tmp_path / "run", "--schedule", "measured", "--eval-every", 0)])
+    training.resolve_args(args)
+    run = training.Run(args)
+    record = run.record
+    run.record = lambda step, *more: (record(step, *more), setattr(run, "success", (0.01, 0.5)) if step == 2 else None)
+    training.train(args, run)
+    assert [line["rollouts_explorer"] > 0 for line in run.metrics()[1:]] == [True, True, False, False] and run.explorers == []
 
 
 def test_several_explorers_share_the_explorers_rollouts(family, tmp_path, monkeypatch):

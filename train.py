@@ -148,7 +148,7 @@ def parse_args(argv=None):
     add("--eval-every", type=int, default=10, help="steps between evaluations; 0: only before and after")
     add("--eval-problems", type=int, default=256, help="held-out problems used")
     add("--eval-n", type=int, default=32, help="rollouts per held-out problem")
-    add("--eval-temperature", type=float, default=1.0, help="sampling temperature of evaluations")
+    add("--eval-temperature", type=float, default=1.0, help="sampling temperature of evaluations, which have no nucleus")
     add("--save-every", type=int, default=20, help="steps between checkpoints; 0: only at the end")
     add("--resume", action="store_true", help="continue the run in --out from its checkpoint")
     add("--seed", type=int, default=0, help="of problems' order, rollouts and mini-batches")
@@ -323,7 +323,8 @@ class Run:
         before = signal.signal(signal.SIGINT, interrupt)
         for step in range(self.first_step, self.args.steps + 1):
             yield step
-            if step >= self.last_explorer_step:
+            left = self.args.schedule == "measured" and not explorer_share(step, 1, "measured", success=self.success)
+            if left or step >= self.last_explorer_step:
                 self.explorers = []  # frozen, and never asked again: give their memory back
             self.bar.update()
             last = self.interrupted or step == self.args.steps
