@@ -1,7 +1,8 @@
 """The policy: one decoder-only transformer, its checkpoints, and the log-probabilities RL needs.
 
-One class covers Qwen3 (QK-norm), Qwen2 (qkv bias) and Llama (neither): the tiny models of this repository and Qwen3-8B
-come in through the same door. It runs whole sequences; sample.py has the step that appends one token to cached ones.
+One class covers Qwen3 (QK-norm), Qwen2 (qkv bias), Llama, Mistral and InternLM2 (neither): the tiny models of this
+repository and Qwen3-8B come in through the same door. It runs whole sequences; sample.py has the step that appends one
+token to cached ones.
 
 Batches are padded on the RIGHT: a causal model never looks right, so padding needs no mask, and a token's position is
 simply its index.
@@ -10,6 +11,7 @@ Shapes: B rows, T tokens, D hidden, H query heads, K key/value heads, h head siz
 """
 import functools
 import json
+import math
 import os
 import warnings
 from dataclasses import dataclass
@@ -31,6 +33,7 @@ class Config:
     num_key_value_heads: int
     head_dim: int
     rope_theta: float
+    rope_scaling: dict | None  # Llama 3's; no other kind changes anything within the context
     rms_norm_eps: float
     max_position_embeddings: int
     tie_word_embeddings: bool
@@ -41,25 +44,29 @@ class Config:
     def from_hf(cls, hf):
         """From a config.json dictionary. ValueError names whatever this file does not implement."""
         kind = hf.get("model_type")
-        if kind not in ("qwen3", "qwen2", "llama"):
-            raise ValueError(f"model_type {kind!r} is not implemented (qwen3, qwen2 and llama are)")
+        if kind not in ("qwen3", "qwen2", "llama", "mistral", "internlm2"):
+            raise ValueError(f"model_type {kind!r} is not implemented (qwen3, qwen2, llama, mistral and internlm2 are)")
         rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}  # transformers 5 | 4
         scaling = rope.get("rope_type", rope.get("type", "default"))
         unsupported = [f"{name}={value!r}" for name, value, fine in (
-            ("rope scaling", scaling, scaling == "default"),
+            ("rope scaling", scaling, scaling in ("default", "llama3", "dynamic")),  # dynamic: beyond the context only
             ("hidden_act", hf.get("hidden_act", "silu"), hf.get("hidden_act", "silu") == "silu"),
             ("attention_bias", True, not hf.get("attention_bias")),
             ("mlp_bias", True, not hf.get("mlp_bias")),
-            ("use_sliding_window", True, not hf.get("use_sliding_window"))) if not fine]
+            ("bias", True, not hf.get("bias"))) if not fine]
         if unsupported:
             raise ValueError(f"this {kind} checkpoint needs {', '.join(unsupported)}, which is not implemented")
-        heads = hf["num_attention_heads"]
+        heads, context = hf["num_attention_heads"], hf["max_position_embeddings"]
+        # A sliding window hides nothing from a sequence that is no longer than it.
+        window = hf.get("sliding_window") if hf.get("use_sliding_window", kind == "mistral") else None
         return cls(
             **{key: hf[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                                        "num_attention_heads", "rms_norm_eps", "max_position_embeddings")},
+                                        "num_attention_heads", "rms_norm_eps")},
+            max_position_embeddings=min(context, window or context),
             num_key_value_heads=hf.get("num_key_value_heads") or heads,
             head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
             rope_theta=rope.get("rope_theta") or hf.get("rope_theta", 10_000.0),
+            rope_scaling=rope if scaling == "llama3" else None,
             tie_word_embeddings=hf.get("tie_word_embeddings", False),
             qk_norm=kind == "qwen3",
             qkv_bias=kind == "qwen2")
@@ -85,6 +92,11 @@ def rotary(positions, c: Config, dtype):
     """cos and sin of each position's rotation angles, both [..., h] for positions [...]. Angles in fp32. Channel i is
     paired with channel i + h/2, and the sine carries the sign with which the partner enters."""
     frequency = c.rope_theta ** (-torch.arange(0, c.head_dim, 2, device=positions.device).float() / c.head_dim)
+    if c.rope_scaling:  # Llama 3: slow rotations are slowed down by `factor`, fast ones kept, those between blended
+        s = c.rope_scaling
+        turns = s["original_max_position_embeddings"] * frequency / (2 * math.pi)  # within the original context
+        keep = ((turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])).clamp(0, 1)
+        frequency = frequency * (keep + (1 - keep) / s["factor"])
     angle = positions[..., None].float() * frequency  # [..., h/2]
     cos, sin = angle.cos(), angle.sin()
     return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
@@ -331,6 +343,23 @@ def hf_weights(model):
     return weights
 
 
+INTERNLM2 = {"tok_embeddings": "embed_tokens", "attention.wo": "self_attn.o_proj", "attention_norm": "input_layernorm",
+             "ffn_norm": "post_attention_layernorm", "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj",
+             "feed_forward.w3": "mlp.up_proj", "output.weight": "lm_head.weight"}
+
+
+def as_llama(name, tensor, c):
+    """[(name, tensor)]: one of InternLM2's tensors under Llama's names. It is the same network; q, k and v lie in one
+    matrix, in which the query heads of each key head are followed by that key head and its value head."""
+    if "attention.wqkv" in name:
+        heads = tensor.unflatten(0, (c.num_key_value_heads, -1, c.head_dim))  # [K, H/K + 2, h, D]
+        parts = heads[:, :-2].flatten(0, 2), heads[:, -2].flatten(0, 1), heads[:, -1].flatten(0, 1)
+        return [(name.replace("attention.wqkv", f"self_attn.{q}_proj"), part) for q, part in zip("qkv", parts)]
+    for old, new in INTERNLM2.items():
+        name = name.replace(old, new)
+    return [(name, tensor)]
+
+
 def load(source, device="cpu", dtype=torch.float32):
     """(model, tokenizer) from a Hugging Face directory or hub name. Weights are held once, plus one tensor.
     ValueError: a file is missing or broken, or the architecture is not implemented."""
@@ -348,7 +377,10 @@ def load(source, device="cpu", dtype=torch.float32):
     shards = sorted(set(json.loads(Path(index).read_text())["weight_map"].values())) if index else ["model.safetensors"]
     missing = hf_weights(model)
     for shard in shards:
-        for name, tensor in read_safetensors(find_file(source, shard)):
+        stored = read_safetensors(find_file(source, shard))
+        if hf["model_type"] == "internlm2":
+            stored = (pair for name, tensor in stored for pair in as_llama(name, tensor, config))
+        for name, tensor in stored:
             if name == "lm_head.weight" and config.tie_word_embeddings:
                 continue  # some exporters write the tied matrix twice
             if name not in missing or missing[name].shape != tensor.shape:
@@ -366,6 +398,9 @@ def load(source, device="cpu", dtype=torch.float32):
     stops = json.loads(Path(generation).read_text()).get("eos_token_id") if generation else None
     stops = stops if isinstance(stops, list) else [stops]
     model.stop_ids = tuple(sorted({*stops, tokenizer.eos_token_id} - {None}))
+    if hf["model_type"] == "internlm2":  # saved as what it is
+        hf = {key: value for key, value in hf.items() if key not in ("auto_map", "rope_scaling", "bias")}
+        hf |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
     model.hf_config = hf
     return model, tokenizer
 

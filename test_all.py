@@ -94,10 +94,13 @@ def hf_pair(kind, tmp_path, **changes):
 
 
 @pytest.mark.parametrize("tie", [True, False])
-@pytest.mark.parametrize("kind", ["qwen3", "qwen2", "llama"])
-def test_logits_equal_transformers_both_ways(kind, tie, tmp_path):
+@pytest.mark.parametrize("kind, options", [
+    ("qwen3", {}), ("qwen2", {}), ("llama", {}), ("mistral", {"sliding_window": 32}),
+    ("llama", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0,
+                                   "high_freq_factor": 4.0, "original_max_position_embeddings": 16}})])
+def test_logits_equal_transformers_both_ways(kind, options, tie, tmp_path):
     from transformers import AutoModelForCausalLM
-    theirs, directory = hf_pair(kind, tmp_path / "theirs", tie_word_embeddings=tie)
+    theirs, directory = hf_pair(kind, tmp_path / "theirs", tie_word_embeddings=tie, **options)
     ours, tokenizer = models.load(directory)
     ids = torch.randint(0, 64, (3, 20), generator=seeded())
     logits = lambda m: m(ids) @ (m.embed_tokens if tie else m.lm_head).weight.T
@@ -108,6 +111,45 @@ def test_logits_equal_transformers_both_ways(kind, tie, tmp_path):
         models.save(ours, tokenizer, tmp_path / "ours")
         back = AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
         assert (back(ids).logits - expected).abs().max() < 1e-4
+
+
+def test_a_sliding_window_limits_the_context_and_nothing_else():
+    assert models.Config.from_hf(TINY | {"model_type": "mistral", "sliding_window": 40}).max_position_embeddings == 40
+    assert models.Config.from_hf(TINY | {"model_type": "mistral", "sliding_window": None}).max_position_embeddings == 64
+    assert models.Config.from_hf(TINY | {"model_type": "qwen2", "sliding_window": 8, "use_sliding_window": False}).max_position_embeddings == 64
+
+
+@pytest.mark.parametrize("heads, key_heads", [(4, 2), (4, 4), (4, 1)])
+def test_internlm2_is_llama_under_other_names(heads, key_heads, tmp_path):
+    """Against transformers' Llama, whose weights are packed here as InternLM2's published modelling code reads them: it
+    views wqkv's output as (key heads, query heads of each + 2, head size)."""
+    from transformers import AutoModelForCausalLM
+    theirs, directory = hf_pair("llama", tmp_path, num_attention_heads=heads, num_key_value_heads=key_heads, tie_word_embeddings=False)
+    weights = dict(models.read_safetensors(directory / "model.safetensors"))
+    packed = {"model.tok_embeddings.weight": weights["model.embed_tokens.weight"], "model.norm.weight": weights["model.norm.weight"],
+              "output.weight": weights["lm_head.weight"]}
+    for i in range(2):
+        ours, other = f"model.layers.{i}.", f"model.layers.{i}."
+        q, k, v = (weights[ours + f"self_attn.{x}_proj.weight"].view(-1, 8, 32) for x in "qkv")
+        per_key = heads // key_heads
+        packed[other + "attention.wqkv.weight"] = torch.cat([torch.cat([q[j * per_key:(j + 1) * per_key], k[j:j + 1], v[j:j + 1]])
+                                                             for j in range(key_heads)]).flatten(0, 1)
+        for a, b in (("self_attn.o_proj", "attention.wo"), ("mlp.gate_proj", "feed_forward.w1"), ("mlp.up_proj", "feed_forward.w3"),
+                     ("mlp.down_proj", "feed_forward.w2"), ("input_layernorm", "attention_norm"), ("post_attention_layernorm", "ffn_norm")):
+            packed[other + b + ".weight"] = weights[ours + a + ".weight"]
+    models.write_safetensors(directory / "model.safetensors", packed)
+    hf = json.loads((directory / "config.json").read_text())
+    hf |= {"model_type": "internlm2", "architectures": ["InternLM2ForCausalLM"], "bias": False, "rope_theta": 1e4,
+           "rope_scaling": {"type": "dynamic", "factor": 2.0}, "auto_map": {"AutoConfig": "configuration_internlm2.InternLM2Config"}}
+    del hf["rope_parameters"]
+    (directory / "config.json").write_text(json.dumps(hf))
+    model, tokenizer = models.load(directory)
+    ids = torch.randint(0, 64, (3, 20), generator=seeded())
+    with torch.no_grad():
+        expected = theirs(ids).logits
+        assert (model(ids) @ model.lm_head.weight.T - expected).abs().max() < 1e-4
+        models.save(model, tokenizer, tmp_path / "saved")
+        assert (AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()(ids).logits - expected).abs().max() < 1e-4
 
 
 def test_traps_1_27_load_knows_the_vocabulary_and_every_stop_id(tmp_path):
@@ -154,7 +196,7 @@ def test_safetensors_agree_with_the_library(tmp_path):
 @pytest.mark.parametrize("change, named", [
     ({"model_type": "gpt2"}, "gpt2"), ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "yarn"),
     ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
-    ({"hidden_act": "gelu"}, "gelu"), ({"attention_bias": True}, "attention_bias"), ({"use_sliding_window": True}, "sliding")])
+    ({"hidden_act": "gelu"}, "gelu"), ({"attention_bias": True}, "attention_bias"), ({"bias": True}, "bias")])
 def test_what_is_not_implemented_is_refused_by_name(change, named):
     with pytest.raises(ValueError, match=named):
         tiny_model(**change)
