@@ -11,7 +11,8 @@ T_mix is a guess at how long that takes. Two schedules that are not the paper's 
 
     measured   alpha = e / (e + l)   e: groups that only the explorer's rollouts solved, l: groups that the learner's did,
                                      both smoothed over steps; below 0.1 the explorer leaves for good
-    rescue     alpha = 0.5 in those groups whose first half, by the learner, has failed altogether; 0 in the others
+    rescue     the learner writes the first (1 - share) of each group; where all of those fail, the explorer writes the
+                                     rest, elsewhere the learner does. The share is --explorer-share, 0.5
 
     python anneal.py --steps 16 --mix-steps 8 --group-size 16          prints that table
 """
@@ -41,7 +42,7 @@ def explorer_share(step, mix_steps, schedule="linear", constant=0.5, success=(0.
     if schedule in ("constant", "rescue"):
         return constant
     if schedule == "measured":
-        share = success[0] / max(sum(success), 1e-9)
+        share = success[0] / sum(success) if sum(success) else 0.5
         return share if share >= 0.1 else 0.0  # for good: without rollouts its success is 0 from then on
     if step > mix_steps:
         return 0.0
@@ -59,12 +60,13 @@ def observe(success, rewards, from_explorer, decay=0.8):
     return tuple(decay * before + (1 - decay) * now.float().mean().item() for before, now in zip(success, (rescued, solved)))
 
 
-def split_group(share, group_size):
-    """(explorer's, learner's) number of rollouts: ceil(share * G) and the rest. They always sum to G.
+def split_group(share, group_size, at_least=0):
+    """(explorer's, learner's) number of rollouts: ceil(share * G) and the rest, which is never less than `at_least`. They
+    always sum to G.
 
     A product that is whole on paper can come out a hair above (0.3 * 10 = 3.0000000000000004 when 0.3 is 1 - 0.7), and
     ceil would then add a rollout; hence the 1e-9."""
-    explorer = math.ceil(share * group_size - 1e-9)
+    explorer = min(math.ceil(share * group_size - 1e-9), group_size - at_least)
     return explorer, group_size - explorer
 
 

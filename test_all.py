@@ -484,7 +484,8 @@ def test_measured_share_follows_what_the_explorer_adds_and_leaves_for_good():
     success = anneal.observe((0.5, 0.5), rewards, explorer, decay=0.8)
     assert success == pytest.approx((0.8 * 0.5 + 0.2 * 0.5, 0.8 * 0.5 + 0.2 * 0.25))
     share = lambda *success: anneal.explorer_share(1, 1, "measured", success=success)
-    assert share(0.3, 0.1) == pytest.approx(0.75) and share(0.1, 0.3) == pytest.approx(0.25) and share(0, 0) == 0
+    assert share(0.3, 0.1) == pytest.approx(0.75) and share(0.1, 0.3) == pytest.approx(0.25) and share(0, 0) == 0.5
+    assert share(0.01, 0.1) == 0 and anneal.split_group(1.0, 16, at_least=1) == (15, 1) and anneal.split_group(0.5, 16, at_least=1) == (8, 8)
     success, shares = (0.5, 0.5), []
     for step in range(40):  # a learner that solves every group from step 20 on: what it solves is not the explorer's success
         solved = torch.tensor([[1.0, 1, step >= 20, 1 * (step >= 20)]] * 4)
@@ -1203,7 +1204,7 @@ def test_trap_27_other_tokenizers_are_refused(family, tmp_path):
     (["--mix-steps", 5], "--mix-steps 5 is beyond --steps 4"), (["--max-new-tokens", 125], "does not fit the model's context of 128"),
     (["--data", "broken"], "broken.jsonl, line 2"), (["--minibatches", 9], "--minibatches"),
     (["--mix-steps", 0], "--mix-steps must be at least 1"), (["--schedule", "rescue", "--mix", "separate"], "--mix separate has groups"),
-    (["--mix", "separate", "--group-size", 2], "--mix separate"), (["--eval-temperature", -1], "--eval-temperature"), (["--device", "nonsense"], "--device nonsense"), (["--seed", -1], "--seed"),
+    (["--mix", "separate", "--group-size", 2], "--mix separate"), (["--schedule", "rescue", "--explorer-share", 1], "--schedule rescue"), (["--eval-temperature", -1], "--eval-temperature"), (["--device", "nonsense"], "--device nonsense"), (["--seed", -1], "--seed"),
     (["--top-p", 0], "--top-p"), (["--explorer-temperature", 0], "--explorer-temperature"), (["--eval-data", "long"], "context of 128")])
 def test_bad_input_is_one_line_and_exit_code_2(change, complaint, family, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -1251,15 +1252,24 @@ def test_intervals_hold_what_they_promise_when_pairs_differ():
     assert 0.935 < held / 2_000 < 0.965 and naive / 2_000 < 0.75
 
 
-def test_thinned_groups_have_one_method_as_often_as_before(family):
+def test_thinned_groups_have_one_method_as_often_as_before(family, tmp_path, monkeypatch):
     explorer, tokenizer = models.load(family / "explorer")
     prompts = [sampling.encode_prompt(problem, tokenizer) for problem in reward.load_problems(family / "train.jsonl")] * 8
     plain = sampling.sample(explorer, prompts, 8, seeded(), 4, from_explorer=True)
-    thin = pairs.thinned(explorer, prompts, 8, seeded(), 4)
+    thin = pairs.thinned(explorer, prompts, 8, seeded(), 4, from_explorer=True)
     distinct = lambda rollouts: np.mean([len(set(group.tolist())) for group in rollouts.ids[:, :, 0]])
     assert distinct(plain) > 3 and distinct(thin) == 1 and thin.ids.shape[:2] == plain.ids.shape[:2] and thin.from_explorer.all()
     share = lambda rollouts: torch.bincount(rollouts.ids[:, :, 0].flatten(), minlength=40) / rollouts.ids[:, :, 0].numel()
     assert (share(plain) - share(thin)).abs().max() < 0.1
+    # In training the learner's part of each group stays as it is.
+    groups, real = [], training.update
+    monkeypatch.setattr(training, "sample", pairs.thinned)
+    monkeypatch.setattr(training, "update", lambda *args: groups.append(args[5]) or real(*args))
+    train_here(family, tmp_path / "run", "--group-size", 16, "--schedule", "constant", "--eval-every", 0)
+    for rollouts in groups:
+        assert rollouts.from_explorer.tolist() == [[True] * 8 + [False] * 8] * 4
+    distinct = lambda part: np.mean([len(set(group.tolist())) for rollouts in groups for group in rollouts.ids[:, part, 0]])
+    assert distinct(slice(8)) == 1 and distinct(slice(8, None)) > 2
 
 
 def test_a_claim_from_runs_to_table(family, tmp_path, monkeypatch, capsys):

@@ -54,7 +54,8 @@ def batch_of(step, size, count, seed):
 def train(args, run):
     for step in run.steps():                                                                    # for i in 1..T
         share = explorer_share(step, args.mix_steps, args.schedule, args.explorer_share, run.success)    # alpha_i
-        n_explorer, n_learner = split_group(share, args.group_size)                             # G_w, G_s
+        measured = args.schedule == "measured"  # needs a rollout of the learner to measure
+        n_explorer, n_learner = split_group(share, args.group_size, at_least=int(measured))     # G_w, G_s
         batch = batch_of(step, args.prompts_per_step, len(run.problems), args.seed)
         updates = [(n_explorer, n_learner)] if args.mix == "joint" else [(n_explorer, 0), (0, n_learner)]
         # --mix separate may leave a group of one, which has nothing to be compared with.
@@ -73,6 +74,8 @@ def one_update(args, run, step, batch, n_explorer, n_learner):
     clock.append(time.perf_counter())
     metrics = update(args, run.learner, run.reference, run.optimizer, prompts, rollouts,        # theta <- GRPO update
                      advantages, generator(args.seed, step, MINIBATCH))
+    metrics |= {"groups_all_fail": (scores[..., 1].amax(1) == 0).float().mean().item(),
+                "groups_all_pass": (scores[..., 1].amin(1) == 1).float().mean().item()}
     clock.append(time.perf_counter())
     return rollouts, texts, scores, metrics, np.diff(clock)
 
@@ -97,7 +100,7 @@ def one_group_each(args, run, step, problems, prompts, n_explorer, n_learner):
     solved = judge(run, problems, own)[1][..., 1].any(1).tolist()
     rest = [mix(*write([prompt for prompt, s in zip(prompts, solved) if s == which], n_explorer))
             for which, write in ((False, by_explorers), (True, by_learner)) if which in solved]
-    place = np.argsort(np.argsort(solved, kind="stable"))  # of each prompt in `rest`, where those that failed come first
+    place = np.argsort(np.argsort(solved, kind="stable"))  # `rest` lists the unsolved first; this is the batch's order
     return mix(own, mix(*rest, dim=0).groups(place))
 
 
@@ -116,10 +119,10 @@ def parse_args(argv=None):
     add("--explorer", nargs="+", help="frozen model that helps to explore, or `none` for plain GRPO; several share the work")
     add("--task", choices=reward.TASKS, default="habit", help="the laptop family's task")
     add("--data", help="problems to train on: JSONL with `question` and `answer`")
-    add("--eval-data", help="held-out problems in the same layout; without them nothing is evaluated")
+    add("--eval-data", help="held-out problems in the same layout; with --data and without them nothing is evaluated")
     add = parser.add_argument_group("explorer schedule (anneal.py)").add_argument
-    add("--schedule", choices=SCHEDULES, default="linear", help="how the explorer's share of a group changes")
-    add("--mix-steps", type=int, help="T_mix: from here on the learner is alone (linear); half of --steps if not given")
+    add("--schedule", choices=SCHEDULES, default="linear", help="; ".join(f"{name}: {meaning}" for name, meaning in SCHEDULES.items()))
+    add("--mix-steps", type=int, help="T_mix: where linear and cosine reach 0, and step ends; half of --steps if not given")
     add("--explorer-share", type=float, default=0.5, help="the share of --schedule constant and rescue")
     add("--mix", choices=MIXES, default="joint", help="; ".join(f"{name}: {meaning}" for name, meaning in MIXES.items()))
     add = parser.add_argument_group("rollouts (sample.py)").add_argument
@@ -134,9 +137,9 @@ def parse_args(argv=None):
     add("--rollout-rows", type=int, default=1024, help="rows sampled at once, in whole groups: lower it to save memory")
     add = parser.add_argument_group("update (grpo.py)").add_argument
     add("--lr", type=float, default=2e-4, help="AdamW's learning rate, constant; 1e-6 for billions of parameters")
-    add("--minibatches", type=int, default=2, help="optimiser steps per training step; with 1 the clip does not act")
+    add("--minibatches", type=int, default=2, help="optimiser steps per training step; with 1 and --off-policy recompute the clip does not act")
     add("--micro-batch", type=int, default=256, help="rows per forward pass: lower it to save memory; the loss is the same")
-    add("--loss", choices=LOSSES, default="grpo", help="how tokens are weighted; gspo: one ratio per sequence")
+    add("--loss", choices=LOSSES, default="grpo", help="how tokens are weighted; gspo: one ratio per sequence; dr_grpo: advantages without std")
     add("--clip-low", type=float, default=0.2, help="ratios are clipped below at 1 - this")
     add("--clip-high", type=float, default=0.2, help="ratios are clipped above at 1 + this")
     add("--off-policy", choices=OFF_POLICY, default="recompute", help="how the explorer's tokens count, which the learner "
@@ -151,7 +154,7 @@ def parse_args(argv=None):
     add("--eval-temperature", type=float, default=1.0, help="sampling temperature of evaluations, which have no nucleus")
     add("--save-every", type=int, default=20, help="steps between checkpoints; 0: only at the end")
     add("--resume", action="store_true", help="continue the run in --out from its checkpoint")
-    add("--seed", type=int, default=0, help="of problems' order, rollouts and mini-batches")
+    add("--seed", type=int, default=0, help="of problems' order, rollouts, mini-batches and evaluations")
     add("--device", default="auto", help="auto: cuda, then mps, then cpu")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights; updates are made in float32")
     add("--compile", choices=("auto", "on", "off"), default="auto",
@@ -174,6 +177,8 @@ def resolve_args(args):
             (args.mix_steps > args.steps, f"--mix-steps {args.mix_steps} is beyond --steps {args.steps}"),
             (not 1 <= args.minibatches <= args.prompts_per_step, "--minibatches must be between 1 and --prompts-per-step"),
             (not 0 <= args.explorer_share <= 1, "--explorer-share must be between 0 and 1"),
+            (args.schedule == "rescue" and 0 in split_group(args.explorer_share, args.group_size),
+             "--schedule rescue needs an --explorer-share that leaves both a part of the group"),
             (args.mix == "separate" and (args.schedule in ("measured", "rescue") or args.group_size < 3),
              "--mix separate has groups of one source: no --schedule measured or rescue, and --group-size at least 3"),
             (args.eval_temperature < 0, "--eval-temperature must be at least 0"),
@@ -228,7 +233,7 @@ class Run:
         """Loads everything and checks that it fits together. ValueError or OSError, one line, on what does not."""
         device, dtype = pick_device(args.device), getattr(torch, args.dtype)
         self.args, self.out, self.interrupted, self.warned = args, Path(args.out), False, False
-        self.success = (0.5, 0.5)  # explorer's and learner's, for --schedule measured
+        self.success = (0.5, 0.5)  # e and l of --schedule measured
         self.learner, self.tokenizer = load(args.learner, device, dtype)
         tokens = args.steps * args.prompts_per_step * args.group_size * args.max_new_tokens
         self.learner.compiled = args.compile == "on" or (args.compile == "auto" and tokens >= COMPILE_FROM and device != "mps")
@@ -249,7 +254,7 @@ class Run:
             self.first_step, self.learner.stop_ids = state["step"] + 1, tuple(state["stop_ids"])
         elif args.resume:
             print(f"--resume: nothing is saved in {self.out} yet, so from the beginning")
-        share = lambda step: explorer_share(step, args.mix_steps, args.schedule, args.explorer_share)
+        share = lambda step: explorer_share(step, args.mix_steps, args.schedule, args.explorer_share, self.success)
         self.last_explorer_step = max((step for step in range(1, args.steps + 1) if share(step) > 0), default=0)
         self.explorers = []
         for name in args.explorer if self.first_step <= self.last_explorer_step else ():
@@ -344,8 +349,9 @@ class Run:
         rollouts, texts, scores, metrics, seconds = zip(*updates)
         rollouts, scores, seconds = mix(*rollouts), torch.cat(scores, 1), sum(seconds).tolist()
         texts = [sum(groups, []) for groups in zip(*texts)]
-        both = lambda key: [part[key] for part in metrics if part[key] is not None]
-        metrics = {key: sum(both(key)) / len(both(key)) if both(key) else None for key in metrics[0]}
+        both = {key: [part[key] for part in metrics if part[key] is not None] for key in metrics[0]}
+        metrics = {key: sum(values) / len(values) if values else None for key, values in both.items()}
+        metrics["skipped_updates"] = sum(both["skipped_updates"])
         args, explorer = self.args, rollouts.from_explorer
         answers, rewards = scores.unbind(-1)  # [P, G] each
         mean = lambda x: x.float().mean().item() if x.numel() else None
@@ -353,7 +359,7 @@ class Run:
                 "rollouts_explorer": int(explorer.sum()), "rollouts_learner": int((~explorer).sum()),
                 "reward": mean(rewards), "reward_explorer": mean(rewards[explorer]),
                 "reward_learner": mean(rewards[~explorer]), "reward_answer": mean(answers),
-                "groups_all_fail": mean(rewards.amax(1) == 0), "groups_all_pass": mean(rewards.amin(1) == 1), **metrics,
+                **metrics,
                 "length": mean(rollouts.lengths), "length_explorer": mean(rollouts.lengths[explorer]),
                 "length_learner": mean(rollouts.lengths[~explorer]), "truncated": mean(~rollouts.finished),
                 **dict(zip(("seconds_sampling", "seconds_scoring", "seconds_training"), seconds)),
@@ -366,7 +372,7 @@ class Run:
             (self.out / "rollouts" / f"step_{step}.txt").write_text(self.problems[batch[0]].question + "\n\n" + "\n".join(
                 f"{'explorer' if by_explorer else 'learner'}, reward {r:g}: {text}" for by_explorer, r, text in group))
         self.write(line)
-        self.bar.set_postfix(reward=f"{line['reward']:.2f}", explorer=f"{share:.0%}")
+        self.bar.set_postfix(reward=f"{line['reward']:.2f}", explorer=f"{line['share']:.0%}")
         if line["truncated"] > 0.5 and not self.warned:
             self.warned = True
             self.bar.write(f"warning: {line['truncated']:.0%} of the rollouts were cut at --max-new-tokens "

@@ -35,7 +35,7 @@ import reward
 import train
 from eval import crossover as find_crossover
 from eval import new_figure, pass_at_k, powers_of_two, rescue, table
-from recipes.pairs import LADDER, RUNS, directory, make_member, measure, qualified, thinned
+from recipes.pairs import FIRST_PAIR, LADDER, RUNS, directory, make_member, measure, qualified, thinned
 from sample import sample
 
 ASSETS = Path("assets/claims")
@@ -83,8 +83,19 @@ T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Stud
 
 # ---- runs ----------------------------------------------------------------------------------------------------------
 
+def make_models(task, pairs, members, workers):
+    """The pairs first, then those of their relatives that are wanted."""
+    do([(task, pair, "explorer") for pair in pairs], workers, f"{task}: base pairs")
+    do([(task, pair, name) for pair in pairs for name in members], workers, f"{task}: other models")
+
+
+def pairs_of(task, args):
+    make_models(task, range(FIRST_PAIR, FIRST_PAIR + args.pairs), (), args.workers)  # side by side, if all should qualify
+    return qualified(task, args.pairs)
+
+
 def members_of(arms):
-    return {"explorer"} | {part.removeprefix("{base}/") for arm in arms for part in ARMS[arm].split() if "{base}/" in part}
+    return [part.removeprefix("{base}/") for arm in arms for part in ARMS[arm].split() if "{base}/" in part]
 
 
 def flags_of(arm, base):
@@ -115,7 +126,10 @@ def work(job):
                                  "--lr", str(lr), "--seed", str(seed), "--out", str(out), *flags_of(arm, base)])
         train.resolve_args(args)
         train.sample = thinned if arm == "thinned" else sample
-        train.train(args, train.Run(args))
+        run = train.Run(args)
+        train.train(args, run)
+        if run.interrupted:  # Ctrl-C, which a run takes as a wish to stop after the step
+            raise KeyboardInterrupt
         path_of(*job).parent.mkdir(parents=True, exist_ok=True)
         os.replace(out / "metrics.jsonl", path_of(*job))
         shutil.rmtree(out)
@@ -167,10 +181,11 @@ def interval(values):
 def search(args):
     """Every arm at every rate of the grid on the search pair. Writes search.json, which all claims read."""
     arms = list(dict.fromkeys(arm for name in CLAIMS for arm in CLAIMS[name]))
-    found = {}
+    path = ASSETS / "search.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
     for task in args.task or ("habit", "natural"):
         wanted = arms if task == "habit" else [arm for arm in arms if any(arm in CLAIMS.get(name, ()) for name in BOTH_TASKS)]
-        do([(task, SEARCH_PAIR, name) for name in sorted(members_of(wanted))], args.workers, f"search: {task}'s models")
+        make_models(task, [SEARCH_PAIR], members_of(wanted), args.workers)
         do([(task, SEARCH_PAIR, arm, lr, seed) for seed in SEARCH_SEEDS for lr in GRID for arm in wanted], args.workers,
            f"search on {task}")
         found[task] = {arm: {f"{lr:g}": interval(numbers(task, [SEARCH_PAIR], arm, lr, SEARCH_SEEDS)["area@1"])[0] for lr in GRID}
@@ -198,11 +213,11 @@ def compare(name, args):
     """Runs a claim's arms at the equal rate and at each one's own best (`gain`: at every rate); table, JSON and picture."""
     arms = CLAIMS[name]
     for task in args.task or (("habit", "natural") if name in BOTH_TASKS else ("habit",)):
-        pairs, seeds = qualified(task, args.pairs), range(args.seeds)
+        pairs, seeds = pairs_of(task, args), range(args.seeds)
         choices = {which: {arm: rates(task, arm)[i] for arm in arms} for i, which in enumerate(("equal", "best"))}
         if name == "gain":
             choices |= {f"{lr:g}": dict.fromkeys(arms, lr) for lr in GRID}
-        do([(task, pair, member) for pair in pairs for member in sorted(members_of(arms))], args.workers, f"{name}: models")
+        make_models(task, pairs, members_of(arms), args.workers)
         do([(task, pair, arm, lr, seed) for seed in seeds for pair in pairs for chosen in choices.values()
             for arm, lr in chosen.items()], args.workers, f"{name} on {task}")
         print(f"\n{name} on {task}: {len(pairs)} base pairs x {len(seeds)} seeds, held-out strict pass@k; 95% intervals")
@@ -267,8 +282,8 @@ def crossover(name, args):
     n, random = 256, np.random.default_rng(0)
     ks = powers_of_two(n)
     for task in args.task or ("habit", "natural"):
-        pairs, each = qualified(task, args.pairs), {}
-        do([(task, pair, member) for pair in pairs for member in LADDER[task]], args.workers, f"{name}: models")
+        pairs, each = pairs_of(task, args), {}
+        make_models(task, pairs, LADDER[task], args.workers)
         for member in LADDER[task]:
             right = [c for pair in pairs for c in measure(task, pair, member, n)["strict"]]
             each[member] = np.array([[pass_at_k([c], n, k) for k in ks] for c in right])  # [problems, ks]
@@ -304,7 +319,7 @@ def compute(name, args):
     ratio to GRPO's, out of the runs of `gain` at the equal rate."""
     compare("gain", args)
     for task in args.task or ("habit", "natural"):
-        pairs, spent = qualified(task, args.pairs), {}
+        pairs, spent = pairs_of(task, args), {}
         for arm in CLAIMS["gain"]:
             rows = []
             for pair in pairs:
@@ -328,10 +343,10 @@ def compute(name, args):
 
 def diversity(name, args):
     """How groups of 16 of the base models vary; then training with the explorer's rollouts thinned to the learner's variety."""
-    pairs, rows = qualified("habit", args.pairs), {}
+    pairs, rows = pairs_of("habit", args), {}
     for label, member, options in (("learner", "learner", {}), ("learner at T 1.3", "learner", {"temperature": 1.3}),
                                    ("learner at T 1.6", "learner", {"temperature": 1.6}), ("explorer", "explorer", {}),
-                                   ("explorer, thinned", "explorer", {"write": thinned})):
+                                   ("explorer, thinned", "explorer", {"thin": True})):
         found = [measure("habit", pair, member, 16, **options) for pair in pairs]
         rows[label] = {key: float(np.mean([f[key] for f in found])) for key in
                        ("distinct methods", "distinct answers", "distinct texts", "method entropy", "executed")}
@@ -348,8 +363,8 @@ def when(name, args):
     habit and the competence of the explorer."""
     learners = ("noise 32%", "noise 8%", "learner", "noise 0%")
     explorers = ("narrow", "epoch 3", "epoch 4", "explorer")
-    pairs, seeds, places = qualified("habit", args.pairs), range(args.seeds), []
-    do([("habit", pair, member) for pair in pairs for member in (*learners, *explorers)], args.workers, f"{name}: models")
+    pairs, seeds, places = pairs_of("habit", args), range(args.seeds), []
+    make_models("habit", pairs, (*learners, *explorers), args.workers)
     # The pair's own learner and explorer are what `gain` trains: the same arms, so the same runs.
     arm_of = lambda learner, arm: (arm if learner == "learner" else f"{learner} | {arm}").removesuffix(" by explorer")
     arms = [arm_of(learner, arm) for learner in learners for arm in ("GRPO", *(f"S2L-PO by {e}" for e in explorers))]
@@ -399,6 +414,8 @@ def main():
     add("--task", choices=reward.TASKS, action="append", help="the claim's own where not given")
     add("--workers", type=int, default=os.cpu_count(), help="processes of one thread each")
     args = parser.parse_args()
+    if not 2 <= args.pairs <= 1 + len(T_975) or args.seeds < 1:
+        parser.error(f"--pairs must be between 2 and {1 + len(T_975)}, --seeds at least 1")
     try:
         if args.name == "search":
             return search(args)

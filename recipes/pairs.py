@@ -1,7 +1,8 @@
 """Base pairs for the study of recipes/claims.py: made, measured and qualified before any RL.
 
 A pair is an explorer and a learner that recipes/family.py pretrains from one seed (own corpus, table of habits, initial
-weights, problems) into runs/claims/TASK-SEED. Its relatives are other models pretrained on the same corpus.
+weights, problems) into runs/claims/TASK-SEED. Its relatives are other models pretrained on the same corpus, or (`noise`) on
+one with the same table and other writers.
 """
 import os
 import sys
@@ -37,10 +38,10 @@ def make_member(task, pair, name):
     """Pretrains one model of a pair unless it is there; it appears only when it is complete. "pruned" is the learner
     without its middle layer, and without any training after that."""
     base = directory(task, pair)
+    if not base.exists():
+        make_family(base, task, pair)
     if (base / name).exists():
         return
-    if name in ("explorer", "learner"):
-        return make_family(base, task, pair)
     partial = base / f"{name}.partial"
     if name == "pruned":
         member, tokenizer = models.load(base / "learner")
@@ -56,7 +57,7 @@ def make_member(task, pair, name):
     os.replace(partial, base / name)
 
 
-def measure(task, pair, name, n, write=sample, temperature=1.0, problems=128):
+def measure(task, pair, name, n, thin=False, temperature=1.0, problems=128):
     """What a model does on its pair's held-out problems, n rollouts each: numbers of right ones per problem, and how much
     groups of 16 vary. In `habit` a solution has a *method*, its operator, and is *executed* if every step is right under
     that operator, whether or not the problem asked for it."""
@@ -64,7 +65,8 @@ def measure(task, pair, name, n, write=sample, temperature=1.0, problems=128):
     model, tokenizer = models.load(base / name)
     problems = reward.load_problems(base / "heldout.jsonl")[:problems]
     prompts = [encode_prompt(problem, tokenizer) for problem in problems]
-    texts = decode(write(model, prompts, n, torch.Generator().manual_seed(0), 16, temperature), tokenizer)  # [P][n]
+    rollouts = (thinned if thin else sample)(model, prompts, n, torch.Generator().manual_seed(0), 16, temperature, from_explorer=thin)
+    texts = decode(rollouts, tokenizer)  # [P][n]
     right = np.array([[reward.score(problem, text) for text in group] for problem, group in zip(problems, texts)])  # [P, n, 2]
     groups = [texts_of[i:i + 16] for texts_of in texts for i in range(0, n - 15, 16)]
     distinct = lambda part: float(np.mean([len({part(text) for text in group}) for group in groups]))
@@ -95,9 +97,10 @@ def qualified(task, count):
     return pairs
 
 
-def thinned(model, prompts, n, *args, from_explorer=True, **settings):
+def thinned(model, prompts, n, *args, from_explorer=False, **settings):
     """`sample`, but an explorer's group holds rollouts of one method only, that of its first rollout: each method comes as
-    often as before, and a group has none of the explorer's diversity. Chosen out of 4 times as many."""
+    often as before, and a group has none of the explorer's diversity. Chosen out of 4 times as many. The learner's groups
+    are left as they are."""
     if not from_explorer:
         return sample(model, prompts, n, *args, **settings)
     pool = sample(model, prompts, 4 * n, *args, from_explorer=True, **settings)
