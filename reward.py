@@ -13,7 +13,7 @@ Two kinds of problem:
     natural   `3+4*2-5=` -> `3+8-5=1-5=6`         an expression reduced one operation at a time, modulo 10. Writers
               reduce in four orders, most of them wrong. Nothing ties an order to a problem: no habit is designed in.
 
-Both are scored twice: `answer` (the final value alone, 10% by luck) and `strict` (every written step is legal).
+Both are scored twice: `answer` (the final value alone, which errors may hit too) and `strict` (every written step is legal).
 Training uses strict. Model output is data here: it is never evaluated, and the time to score it
 grows in proportion to its length.
 """
