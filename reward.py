@@ -17,6 +17,7 @@ Both are scored twice: `answer` (the final value alone, which errors may hit too
 Training uses strict. Model output is data here: it is never evaluated, and the time to score it
 grows in proportion to its length.
 """
+import functools
 import json
 import random
 import re
@@ -244,6 +245,9 @@ def parse_number(text):
     if len(text) > 200:
         return None
     text = text.strip().rstrip(".").replace("−", "-").replace("\\$", "").replace("$", "").strip()
+    mixed = re.fullmatch(r"(-?)([0-9]+)\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}", text)  # 1\frac{4}{5} is 9/5
+    if mixed:
+        text = f"{mixed[1]}{int(mixed[2]) * int(mixed[4]) + int(mixed[3])}/{mixed[4]}"
     text = re.sub(r"^(-?)\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}$", r"\1\2/\3", text)
     text = re.sub(r"(?<=[0-9.]) +[A-Za-z]{2,}[A-Za-z ]*$", "", text)  # a unit: words, and no further number
     parts = [NUMBER.fullmatch(part.strip()) for part in text.split("/")]
@@ -255,20 +259,84 @@ def parse_number(text):
     return values[0] / values[1] if values[1] else None
 
 
-def normalise(text):
-    """Spelling differences that do not change a formula: spaces, `$`, \\left, \\right, \\dfrac, a closing full stop."""
-    text = re.sub(r"\\(?:left|right|[,;!:])|[\s$]", "", text.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac"))
-    return text.rstrip(".")
+def plain_latex(text):
+    """A final answer without what does not change it: `$`, spaces, \\left, \\dfrac, units, degrees, `x =`, a full stop."""
+    text = text.strip().rstrip(" .$")
+    for pattern, plain in (
+            (r"\\(?:left|right|[bB]igg?|displaystyle)(?![A-Za-z])|(?<!\\)\\[,;!:> ]|\\q?quad|\$|~", ""), (r"\\[dtc]frac", r"\\frac"),
+            (r"\s*\\text *\{\s*(?:and|or)\s*\}\s*", ","), (r"−", "-"), (r"\\(?:leq?|leqslant)(?![A-Za-z])|≤", "<="),
+            (r"\\(?:geq?|geqslant)(?![A-Za-z])|≥", ">="), (r"\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\degree|°|\bdegrees?\b", ""),
+            (r"(?<=[0-9}])\s*\\(?:text|mathrm|mbox) *\{[A-Za-z. ]{2,}\}(?:\^\{?[23]\}?)?$", ""),  # a unit
+            (r"\\(?:text|textbf|textrm|mathrm|mathbf|mbox|operatorname) *\{([^{}]*)\}", r"\1"),
+            (r"\s+", ""), (r"\\frac([0-9])([0-9])", r"\\frac{\1}{\2}"), (r"\\frac([0-9])\{", r"\\frac{\1}{"),
+            (r"\\frac\{([^{}]*)\}([0-9])", r"\\frac{\1}{\2}"), (r"([_^])\{([^{}])\}", r"\1\2"), (r"\\sqrt([0-9])", r"\\sqrt{\1}"),
+            (r"^[A-Za-z](?:\([a-z]\))?=(?=[^=]*$)|^[A-Za-z]\\in(?![A-Za-z])", "")):
+        text = re.sub(pattern, plain, text)
+    return text
+
+
+def pieces(text, separator):
+    """The parts of a text between separators that stand outside all brackets."""
+    found, depth, start = [], 0, 0
+    for token in re.finditer(r"\\[{}]|[(\[{)\]}]|" + separator, text):
+        if token[0][-1] in "([{":
+            depth += 1
+        elif token[0][-1] in ")]}":
+            depth -= 1
+        elif depth == 0:
+            found.append(text[start:token.start()])
+            start = token.end()
+    return [*found, text[start:]]
+
+
+def same(a, b, depth=0):
+    """Whether two plain_latex texts mean the same: numbers by value; lists, sets and unions in any order; points and
+    intervals in order and with their brackets; everything else letter by letter."""
+    if a == b or (min(len(a), len(b)) > 1 and a.isalpha() and a.casefold() == b.casefold()):
+        return True
+    x, y = parse_number(a), parse_number(b)
+    if depth > 3 or x is not None and y is not None:
+        return x == y
+    for separator in (r"\\cup", ","):
+        first, second = pieces(a, separator), pieces(b, separator)
+        if len(first) > 1 or len(second) > 1:
+            return all_same(first, second, False, depth)
+    first, second = (re.fullmatch(r"(\\\{|[(\[])(.*)(\\\}|[)\]])", text, re.DOTALL) for text in (a, b))
+    return bool(first and second and first.group(1, 3) == second.group(1, 3)) and all_same(
+        pieces(first[2], ","), pieces(second[2], ","), first[1] != "\\{", depth)
+
+
+def all_same(first, second, ordered, depth):
+    """Whether two lists mean the same, item by item or in any order."""
+    rest = list(second)
+    for x in first if len(first) == len(second) < 30 else ():
+        match = next((y for y in rest[:1 if ordered else None] if same(x, y, depth + 1)), None)
+        if match is None:
+            return False
+        rest.remove(match)
+    return not rest
+
+
+@functools.cache
+def math_verify():
+    """The opinion of the math-verify package as a function of two answers; None where it is not installed."""
+    try:
+        from math_verify import parse, verify  # pip install math-verify
+    except ImportError:
+        return None
+    latex = lambda text: parse(text if text.startswith("$") else f"${text}$", parsing_timeout=1)
+    return lambda given, truth: verify(latex(truth), latex(given), timeout_seconds=1)
 
 
 def answers_equal(given, truth):
-    """Whether two final answers are the same number, or else the same text. `50%` equals 0.5, and also 50, because
-    data sets whose question says "what percentage" leave the sign out. None (no answer found) equals nothing."""
-    if given is None:
-        return False
+    """Whether two final answers mean the same, by `same`; where it says no, math-verify is asked if it is installed. `50%`
+    equals 0.5, and also 50, because data sets whose question says "what percentage" leave the sign out. None (no answer
+    found) equals nothing."""
+    if given is None or max(len(given), len(truth)) > 1_000:
+        return given == truth
     plain = [re.sub(r"\\?%$", "", text.strip().rstrip(".")) for text in (given, truth)]
     percent = [p != text.strip().rstrip(".") for p, text in zip(plain, (given, truth))]
     a, b = (parse_number(text) for text in plain)
-    if a is None or b is None:
-        return normalise(given) == normalise(truth)
-    return a == b or (percent == [True, False] and a / 100 == b) or (percent == [False, True] and a == b / 100)
+    if a is not None and b is not None:
+        return a == b or (percent == [True, False] and a / 100 == b) or (percent == [False, True] and a == b / 100)
+    return same(plain_latex(given), plain_latex(truth)) or bool(math_verify() and math_verify()(given, truth))

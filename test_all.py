@@ -678,6 +678,39 @@ def test_traps_23_30_equality_of_answers(given, truth, equal):
     assert reward.answers_equal(given, truth) is equal
 
 
+@pytest.mark.parametrize("given, truth, equal", [
+    (r"\frac34", "0.75", True), (r"1\frac{4}{5}", r"\frac95", True), ("x=5", "5", True), ("f(x) = 2x", "2x", True), ("5=x", "x", False),
+    ("(1,2)", "(2,1)", False), ("[1,2)", "(1,2)", False), (r"\left( 3, \frac{\pi}{2} \right)", r"(3,\dfrac{\pi}{2})", True),
+    (r"\{1,2\}", r"\left\{ 2, 1 \right\}", True), ("1,2", "2, 1", True), ("1,2,2", "1,1,2", False), ("(1,2),(3,4)", "(3,4),(1,2)", True),
+    ("(1,2),(3,4)", "(1,2),(4,3)", False), (r"(-\infty,2]\cup[3,\infty)", r"[3,\infty) \cup (-\infty,2]", True),
+    (r"90^\circ", "90", True), (r"90^{\circ}", "90 degrees", True), (r"5.4 \text{ cents}", "5.4", True), ("12 \\text{ cm}^2", "12", True),
+    (r"10,\!080", "10080", True), ("2516_8", "2516_{8}", True), (r"\sqrt2", r"\sqrt{2}", True), (r"x \in [1,2]", "[1,2]", True),
+    (r"\begin{pmatrix} 1/5 \\ -18/5 \end{pmatrix}", r"\begin{pmatrix}1/5\\-18/5\end{pmatrix}", True), ("2xy", "2", False),
+    (r"\text{Even}", "even", True), ("even", "neve", False), ("x", "X", False), ("x^2", "x^3", False), ("58,500", "58500", True),
+    ("12345678901234567", "12345678901234568", False)])
+def test_equality_of_latex_answers(given, truth, equal):
+    assert reward.answers_equal(given, truth) == reward.answers_equal(truth, given) == equal
+
+
+def test_gold_answers_equal_themselves_rewritten_and_no_others():
+    """On MATH-500's and OlympiadBench's own answers, where these files are at hand."""
+    data = ROOT.parent / "shared" / "data"
+    if not data.exists():
+        pytest.skip("MATH-500 and OlympiadBench are not at hand")
+    gold = [str(json.loads(line)["answer"]) for name in ("math500", "olympiadbench")
+            for line in (data / f"{name}.jsonl").read_text().splitlines()]
+    gold = [answer for answer in gold if len(answer) <= 120]
+    for answer in gold:
+        for rewritten in (re.sub(r"(?<!\\)([-+=,<>])", r" \1 ", answer).replace("\\ ,", "\\,"), answer.replace("\\frac", "\\dfrac"), f"${answer.strip('$')}$",
+                          answer.replace("\\left", "").replace("\\right", ""), answer.rstrip(".") + "."):
+            assert reward.answers_equal(rewritten, answer), (rewritten, answer)
+    rng, tight = random.Random(0), [re.sub(r"[\s$]|\\[,!]", "", answer) for answer in gold]
+    wrong = [(gold[i], gold[j]) for i, j in (rng.sample(range(len(gold)), 2) for _ in range(3_000))
+             if tight[i] != tight[j] and reward.answers_equal(gold[i], gold[j])]
+    for a, b in wrong:  # the few that are equal are spelt differently
+        assert reward.parse_number(reward.plain_latex(a)) == reward.parse_number(reward.plain_latex(b)) is not None, (a, b)
+
+
 def test_hostile_text_neither_hangs_nor_raises():
     problem, n = reward.Problem("q", "1"), 200_000
     hostile = [part * n for part in (r"\boxed{", "{", "}", "\\", "####", "1,", "9", " ", "Answer:", "\\frac{", "-", "٣", "\0", "İ", "%", ".")]
