@@ -161,8 +161,9 @@ def main():
         print(f"crossover of the first two: {f'k = {found:.1f}' if found else 'none'}")
         (first, second), group = [result[kind] for result in list(results.values())[:2]], min(16, args.n)
         fails, rescued = rescue(first, second, args.n, group)
-        print(f"as learner and explorer: {fails:.0%} of the first's groups of {group} fail altogether; on those problems {rescued:.1%} "
-              f"of the second's rollouts\nare right, while {pass_at_k(first, args.n, 1):.1%} of the first's own are right on all problems")
+        print(f"as learner and explorer: {fails:.0%} of the first's groups of {group} fail altogether; on those problems "
+              f"{rescued:.1%}\nof the second's rollouts are right, while of the first's own {pass_at_k(first, args.n, 1):.1%} are "
+              "on all problems")
 
     out = Path(args.out or time.strftime("runs/eval-%Y%m%d-%H%M%S"))
     out.mkdir(parents=True, exist_ok=True)

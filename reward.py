@@ -263,13 +263,14 @@ def plain_latex(text):
     """A final answer without what does not change it: `$`, spaces, \\left, \\dfrac, units, degrees, `x =`, a full stop."""
     text = text.strip().rstrip(" .$")
     for pattern, plain in (
-            (r"\\(?:left|right|[bB]igg?|displaystyle)(?![A-Za-z])|(?<!\\)\\[,;!:> ]|\\q?quad|\$|~", ""), (r"\\[dtc]frac", r"\\frac"),
+            (r"\\(?:left|right|[bB]igg?|displaystyle)(?![A-Za-z])|(?<!\\)\\[,;!:> ]|\\q?quad|\$|~", ""),
+            (r"\\[dtc]frac", r"\\frac"),
             (r"\s*\\text *\{\s*(?:and|or)\s*\}\s*", ","), (r"−", "-"), (r"\\(?:leq?|leqslant)(?![A-Za-z])|≤", "<="),
             (r"\\(?:geq?|geqslant)(?![A-Za-z])|≥", ">="), (r"\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\degree|°|\bdegrees?\b", ""),
             (r"(?<=[0-9}])\s*\\(?:text|mathrm|mbox) *\{[A-Za-z. ]{2,}\}(?:\^\{?[23]\}?)?$", ""),  # a unit
             (r"\\(?:text|textbf|textrm|mathrm|mathbf|mbox|operatorname) *\{([^{}]*)\}", r"\1"),
             (r"\s+", ""), (r"\\frac([0-9])([0-9])", r"\\frac{\1}{\2}"), (r"\\frac([0-9])\{", r"\\frac{\1}{"),
-            (r"\\frac\{([^{}]*)\}([0-9])", r"\\frac{\1}{\2}"), (r"([_^])\{([^{}])\}", r"\1\2"), (r"\\sqrt([0-9])", r"\\sqrt{\1}"),
+            (r"\\frac\{([^{}]*)\}([0-9])", r"\\frac{\1}{\2}"), (r"\\sqrt([0-9])", r"\\sqrt{\1}"), (r"([_^])\{([^{}])\}", r"\1\2"),
             (r"^[A-Za-z](?:\([a-z]\))?=(?=[^=]*$)|^[A-Za-z]\\in(?![A-Za-z])", "")):
         text = re.sub(pattern, plain, text)
     return text

@@ -121,10 +121,11 @@ def parse_args(argv=None):
     add("--data", help="problems to train on: JSONL with `question` and `answer`")
     add("--eval-data", help="held-out problems in the same layout; with --data and without them nothing is evaluated")
     add = parser.add_argument_group("explorer schedule (anneal.py)").add_argument
-    add("--schedule", choices=SCHEDULES, default="linear", help="; ".join(f"{name}: {meaning}" for name, meaning in SCHEDULES.items()))
+    explained = lambda choices: "; ".join(f"{name}: {meaning}" for name, meaning in choices.items())
+    add("--schedule", choices=SCHEDULES, default="linear", help=explained(SCHEDULES))
     add("--mix-steps", type=int, help="T_mix: where linear and cosine reach 0, and step ends; half of --steps if not given")
     add("--explorer-share", type=float, default=0.5, help="the share of --schedule constant and rescue")
-    add("--mix", choices=MIXES, default="joint", help="; ".join(f"{name}: {meaning}" for name, meaning in MIXES.items()))
+    add("--mix", choices=MIXES, default="joint", help=explained(MIXES))
     add = parser.add_argument_group("rollouts (sample.py)").add_argument
     add("--steps", type=int, default=60, help="T, steps in all")
     add("--prompts-per-step", type=int, default=16, help="P")
@@ -137,9 +138,11 @@ def parse_args(argv=None):
     add("--rollout-rows", type=int, default=1024, help="rows sampled at once, in whole groups: lower it to save memory")
     add = parser.add_argument_group("update (grpo.py)").add_argument
     add("--lr", type=float, default=2e-4, help="AdamW's learning rate, constant; 1e-6 for billions of parameters")
-    add("--minibatches", type=int, default=2, help="optimiser steps per training step; with 1 and --off-policy recompute the clip does not act")
+    add("--minibatches", type=int, default=2, help="optimiser steps per training step; with 1 the clip acts on nothing but "
+        "--off-policy behaviour")
     add("--micro-batch", type=int, default=256, help="rows per forward pass: lower it to save memory; the loss is the same")
-    add("--loss", choices=LOSSES, default="grpo", help="how tokens are weighted; gspo: one ratio per sequence; dr_grpo: advantages without std")
+    add("--loss", choices=LOSSES, default="grpo", help="how tokens are weighted; gspo: one ratio per sequence; dr_grpo: "
+        "advantages not divided by std")
     add("--clip-low", type=float, default=0.2, help="ratios are clipped below at 1 - this")
     add("--clip-high", type=float, default=0.2, help="ratios are clipped above at 1 + this")
     add("--off-policy", choices=OFF_POLICY, default="recompute", help="how the explorer's tokens count, which the learner "

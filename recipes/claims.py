@@ -34,7 +34,7 @@ import model as models
 import reward
 import train
 from eval import crossover as find_crossover
-from eval import new_figure, pass_at_k, powers_of_two, rescue, table
+from eval import new_figure, pass_at_k, plot_curves, powers_of_two, rescue, table
 from recipes.pairs import FIRST_PAIR, LADDER, RUNS, directory, make_member, measure, qualified, thinned
 from sample import sample
 
@@ -188,12 +188,13 @@ def search(args):
         make_models(task, [SEARCH_PAIR], members_of(wanted), args.workers)
         do([(task, SEARCH_PAIR, arm, lr, seed) for seed in SEARCH_SEEDS for lr in GRID for arm in wanted], args.workers,
            f"search on {task}")
-        found[task] = {arm: {f"{lr:g}": interval(numbers(task, [SEARCH_PAIR], arm, lr, SEARCH_SEEDS)["area@1"])[0] for lr in GRID}
-                       for arm in wanted}
+        reached = lambda arm, lr: float(numbers(task, [SEARCH_PAIR], arm, lr, SEARCH_SEEDS)["area@1"].mean())
+        found[task] = {arm: {f"{lr:g}": reached(arm, lr) for lr in GRID} for arm in wanted}
         print(f"\n{task}: area under held-out strict pass@1, pair {SEARCH_PAIR}, RL seeds {SEARCH_SEEDS}")
         print(f"{'':22}" + "".join(f"{lr:>10g}" for lr in GRID))
         for arm, row in found[task].items():
-            print(f"{arm:22}" + "".join(f"{value:9.3f}{'*' if value == max(row.values()) else ' '}" for value in row.values()))
+            starred = [f"{value:9.3f}{'*' if value == max(row.values()) else ' '}" for value in row.values()]
+            print(f"{arm:22}" + "".join(starred))
     write_json("search", found)
 
 
@@ -202,7 +203,7 @@ def rates(task, arm):
     try:
         found = json.loads((ASSETS / "search.json").read_text())[task]
     except (OSError, KeyError):
-        raise ValueError(f"no learning rates for {task} in {ASSETS}/search.json: run `python recipes/claims.py search`") from None
+        raise ValueError(f"{ASSETS}/search.json has no rates for {task}: run `python recipes/claims.py search`") from None
     together = {lr: found["GRPO"][lr] + found["S2L-PO"][lr] for lr in found["GRPO"]}
     return float(max(together, key=together.get)), float(max(found[arm], key=found[arm].get))
 
@@ -224,14 +225,15 @@ def compare(name, args):
         result = {"task": task, "pairs": pairs, "seeds": len(seeds), "reference": arms[0]}
         for which, chosen in choices.items():
             title = {"equal": "all at one rate", "best": "each at its own best rate"}.get(which, f"all at {which}")
-            result[which] = beside(arms[0], {arm: numbers(task, pairs, arm, lr, seeds) | {"lr": lr} for arm, lr in chosen.items()})
+            found = {arm: numbers(task, pairs, arm, lr, seeds) | {"lr": lr} for arm, lr in chosen.items()}
+            result[which] = beside(arms[0], found)
             print(f"\n{title:24}{'rate':>8}{'area@1':>8}{'final@1':>9}{'@16':>7}{'answer@1':>10}"
                   f"   area@1 beside {arms[0]:10}      wins   area@16")
             for arm, row in result[which].items():
                 difference = (f"{row['gain']:+.3f} [{row['gain'] - row['half']:+.3f}, {row['gain'] + row['half']:+.3f}]"
                               f"{row['wins']:6d}/{row['of']}   {row['gain@16']:+.3f} +-{row['half@16']:.3f}")
-                print(f"{arm:24}{row['lr']:8g}{row['area@1']:8.3f}{row['final@1']:9.3f}{row['final@16']:7.3f}{row['answer@1']:10.3f}"
-                      f"   {'reference' if arm == arms[0] else difference}")
+                print(f"{arm:24}{row['lr']:8g}{row['area@1']:8.3f}{row['final@1']:9.3f}{row['final@16']:7.3f}"
+                      f"{row['answer@1']:10.3f}   {'reference' if arm == arms[0] else difference}")
         label = name if task == "habit" else f"{name}-{task}"
         write_json(label, result)
         draw(label, result)
@@ -256,7 +258,8 @@ def draw(label, result):
     arms = list(result["best"])
     x = np.arange(len(result["best"][arms[0]]["curve"])) * 8
     for i, arm in enumerate(arms):
-        left.plot(x, result["best"][arm]["curve"], "o-", markersize=3, color=f"C{i}", label=f"{arm} ({result['best'][arm]['lr']:g})")
+        best = result["best"][arm]
+        left.plot(x, best["curve"], "o-", markersize=3, color=f"C{i}", label=f"{arm} ({best['lr']:g})")
         for which, shift, marker in (("equal", -0.12, "o"), ("best", 0.12, "s")):
             row = result[which][arm]
             if arm != result["reference"]:
@@ -275,69 +278,60 @@ def write_json(name, content):
     (ASSETS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
-# ---- claims that are not a comparison of arms ------------------------------------------------------------------------
+# ---- claims that are not, or not only, a comparison of arms ------------------------------------------------------------
 
 def crossover(name, args):
     """pass@k of a ladder of four sizes, k to 256, over all pairs' held-out problems; bootstrap intervals over problems."""
     n, random = 256, np.random.default_rng(0)
     ks = powers_of_two(n)
     for task in args.task or ("habit", "natural"):
-        pairs, each = pairs_of(task, args), {}
+        pairs, each, leads = pairs_of(task, args), {}, {}
         make_models(task, pairs, LADDER[task], args.workers)
         for member in LADDER[task]:
             right = [c for pair in pairs for c in measure(task, pair, member, n)["strict"]]
             each[member] = np.array([[pass_at_k([c], n, k) for k in ks] for c in right])  # [problems, ks]
+        curves = {member: each[member].mean(0).tolist() for member in ("learner", "explorer", "middle", "narrow")}
+        print(f"\n{name} on {task}: strict pass@k, {n} rollouts, {len(right)} problems of {len(pairs)} pairs\n{table(ks, curves)}")
         draws = random.integers(len(right), size=(1_000, len(right)))
-        bands = {label: np.quantile(values[draws].mean(1), (0.025, 0.975), axis=0).tolist() for label, values in each.items()}
-        curves = {label: values.mean(0).tolist() for label, values in each.items()}
-        print(f"\n{name} on {task}: strict pass@k, {len(right)} problems of {len(pairs)} pairs, {n} rollouts each\n{table(ks, curves)}")
-        found = {}
+        band = lambda values: np.quantile(values[draws].mean(1), (0.025, 0.975), axis=0)  # [problems, ks] -> [2, ks]
         for larger, smaller in itertools.combinations(reversed(LADDER[task]), 2):
-            lead = lambda rows, column: (each[smaller][rows, column] - each[larger][rows, column]).mean()
-            leads = np.array([[lead(rows, 0), lead(rows, -1)] for rows in draws])
-            first, last = lead(slice(None), 0), lead(slice(None), -1)
-            low, high = np.quantile(leads, (0.025, 0.975), axis=0)
-            k = find_crossover(ks, curves[larger], curves[smaller])
-            found[f"{smaller} beside {larger}"] = {"crossover": k, "at 1": [first, low[0], high[0]], f"at {n}": [last, low[1], high[1]]}
-            print(f"{smaller:8} less {larger:8} at k = 1 {first:+.3f} [{low[0]:+.3f}, {high[0]:+.3f}], at {n} "
-                  f"{last:+.3f} [{low[1]:+.3f}, {high[1]:+.3f}], " + (f"crossover at k = {k:.1f}" if k else "no crossover"))
+            lead, k = each[smaller] - each[larger], find_crossover(ks, curves[larger], curves[smaller])
+            (low, *_, low_n), (high, *_, high_n) = band(lead).tolist()
+            leads[f"{smaller} less {larger}"] = {"at 1": [low, high], f"at {n}": [low_n, high_n], "crossover": k}
+            print(f"{smaller:8} less {larger:8} at k = 1 [{low:+.3f}, {high:+.3f}], at {n} [{low_n:+.3f}, {high_n:+.3f}], "
+                  + (f"crossover at k = {k:.1f}" if k else "no crossover"))
+        bands = {member: band(each[member]) for member in curves}
         label = name if task == "habit" else f"{name}-{task}"
-        write_json(label, {"task": task, "pairs": pairs, "k": ks, "pass@k": curves, "95%": bands, "crossover": found})
+        write_json(label, {"task": task, "pairs": pairs, "k": ks, "pass@k": curves, "leads": leads,
+                           "95%": {member: values.tolist() for member, values in bands.items()}})
         if figure := new_figure(1):
-            for member, values in curves.items():
-                line, = figure[1].plot(ks, values, "o-", markersize=3, label=member)
-                figure[1].fill_between(ks, *bands[member], alpha=0.2, color=line.get_color())
-            figure[1].set(xscale="log", xlabel="k", ylabel="strict pass@k", ylim=(0, 1.02), title=f"{task}: base models")
-            figure[1].set_xticks(ks, [str(k) for k in ks])
-            figure[1].minorticks_off()
-            figure[1].legend(fontsize=8)
+            plot_curves(figure[1], ks, curves)
+            for member, (low, high) in bands.items():
+                figure[1].fill_between(ks, low, high, alpha=0.2)
+            figure[1].set(title=f"base models of `{task}`")
             figure[0].savefig(ASSETS / f"{label}.png", dpi=110)
 
 
 def compute(name, args):
-    """Rollout FLOPs (2 per parameter and token, prompts prefilled once for each source) and seconds of S2L-PO's runs in
-    ratio to GRPO's, out of the runs of `gain` at the equal rate."""
+    """Rollout FLOPs (2 per parameter and token, prompts once for each source) and seconds of S2L-PO's runs in ratio to
+    GRPO's: the runs of `gain` at the equal rate."""
     compare("gain", args)
     for task in args.task or ("habit", "natural"):
-        pairs, spent = pairs_of(task, args), {}
-        for arm in CLAIMS["gain"]:
-            rows = []
-            for pair in pairs:
-                base = directory(task, pair)
-                size = {who: sum(p.numel() for p in models.load(base / who)[0].parameters()) for who in ("explorer", "learner")}
-                question = len(reward.load_problems(base / "train.jsonl")[0].question)
-                for seed in range(args.seeds):
-                    lines = [json.loads(line) for line in path_of(task, pair, arm, rates(task, arm)[0], seed).read_text().splitlines()]
-                    steps = [line for line in lines if line["step"]]
-                    flops = sum(2 * size[who] * (line[f"rollouts_{who}"] * line[f"length_{who}"] + 8 * question)
-                                for line in steps for who in size if line[f"rollouts_{who}"])
-                    rows.append((flops, sum(line["seconds_sampling"] for line in steps),
-                                 sum(line["seconds_sampling"] + line["seconds_training"] for line in steps)))
-            spent[arm] = np.array(rows).reshape(len(pairs), args.seeds, 3)
-        ratios = spent["S2L-PO"] / spent["GRPO"]
+        pairs, spent = pairs_of(task, args), {arm: [] for arm in CLAIMS["gain"]}
+        for pair, arm, seed in itertools.product(pairs, spent, range(args.seeds)):
+            base = directory(task, pair)
+            size = {who: sum(p.numel() for p in models.load(base / who)[0].parameters()) for who in ("explorer", "learner")}
+            prompt = 8 * len(reward.load_problems(base / "train.jsonl")[0].question)  # tokens of a step's prompts
+            lines = path_of(task, pair, arm, rates(task, arm)[0], seed).read_text().splitlines()
+            steps = [line for line in map(json.loads, lines) if line["step"]]
+            flops = sum(2 * size[who] * (line[f"rollouts_{who}"] * line[f"length_{who}"] + prompt)
+                        for line in steps for who in size if line[f"rollouts_{who}"])
+            sampling, training = (sum(line[f"seconds_{what}"] for line in steps) for what in ("sampling", "training"))
+            spent[arm].append((flops, sampling, sampling + training))
+        ratios = np.divide(spent["S2L-PO"], spent["GRPO"]).reshape(len(pairs), args.seeds, 3)
         result = {what: interval(ratios[..., i]) for i, what in enumerate(("rollout FLOPs", "rollout seconds", "step seconds"))}
-        print(f"\n{name} on {task}, S2L-PO in ratio to GRPO: " +
-              ", ".join(f"{what} {mean:.3f} +-{half:.3f}" for what, (mean, half) in result.items()))
+        print(f"\n{name} on {task}, S2L-PO in ratio to GRPO: "
+              + ", ".join(f"{what} {mean:.3f} +-{half:.3f}" for what, (mean, half) in result.items()))
         write_json(name if task == "habit" else f"{name}-{task}", result)
 
 
@@ -369,36 +363,43 @@ def when(name, args):
     arm_of = lambda learner, arm: (arm if learner == "learner" else f"{learner} | {arm}").removesuffix(" by explorer")
     arms = [arm_of(learner, arm) for learner in learners for arm in ("GRPO", *(f"S2L-PO by {e}" for e in explorers))]
     do([("habit", pair, arm, lr, seed) for seed in seeds for pair in pairs for arm in arms for lr in GRID], args.workers, name)
-    print(f"\n{name}: {len(pairs)} pairs x {len(seeds)} seeds; gain in area under strict pass@1, each at its best rate of {GRID}\n"
-          f"{'learner':12}{'explorer':10}{'executed':>9}{'own success':>12}{'groups fail':>12}{'rescued':>9}{'GRPO':>7}{'S2L-PO':>8}{'gain':>8}")
-    for learner in learners:
-        for explorer in explorers:
-            best = lambda arm: max((numbers("habit", pairs, arm_of(learner, arm), lr, seeds)["area@1"] for lr in GRID),
-                                   key=lambda x: x.mean())
-            grpo, s2l = best("GRPO"), best(f"S2L-PO by {explorer}")
-            right = [[measure("habit", pair, who, 64) for who in (learner, explorer)] for pair in pairs]
-            before = np.mean([rescue(l["strict"], e["strict"], 64, 16) for l, e in right], axis=0)
-            own = float(np.mean([pass_at_k(l["strict"], 64, 1) for l, _ in right]))
-            place = {"learner": learner, "explorer": explorer, "executed": float(np.mean([e["executed"] for _, e in right])),
-                     "own success": own, "groups fail": float(before[0]), "rescued": float(before[1]), "GRPO": float(grpo.mean()),
-                     "S2L-PO": float(s2l.mean()), "gain": float((s2l - grpo).mean()), "runs": (s2l - grpo).tolist()}
-            places.append(place)
-            print(f"{learner:12}{explorer:10}{place['executed']:9.2f}{own:12.3f}{before[0]:12.3f}{before[1]:9.3f}"
-                  f"{place['GRPO']:7.3f}{place['S2L-PO']:8.3f}{place['gain']:+8.3f}")
-    write_json(name, {"pairs": list(pairs), "seeds": len(seeds), "grid": GRID, "places": places})
-    if figure := new_figure(1):
-        gains = np.array([place["gain"] for place in places]).reshape(len(learners), len(explorers))
-        image = figure[1].imshow(gains, cmap="RdBu", vmin=-abs(gains).max(), vmax=abs(gains).max(), origin="lower", aspect="auto")
-        if gains.min() < 0 < gains.max():
-            figure[1].contour(gains, levels=[0], colors="black")
-        for (i, j), gain in np.ndenumerate(gains):
-            figure[1].text(j, i, f"{gain:+.2f}", ha="center", va="center")
-        figure[1].set_xticks(range(len(explorers)), [f"{e}\n{p['executed']:.0%} executed" for e, p in zip(explorers, places)], fontsize=8)
-        figure[1].set_yticks(range(len(learners)), [f"{l}\n{places[i * len(explorers)]['groups fail']:.0%} of groups fail"
-                                                    for i, l in enumerate(learners)], fontsize=8)
-        figure[1].set(title="S2L-PO's gain over GRPO, each at its best rate", xlabel="explorer", ylabel="learner's habit")
-        figure[0].colorbar(image)
-        figure[0].savefig(ASSETS / f"{name}.png", dpi=110)
+    before = {(pair, who): measure("habit", pair, who, 64) for pair in pairs for who in (*learners, *explorers)}
+    print(f"\n{name}: {len(pairs)} pairs x {len(seeds)} seeds; area under strict pass@1, each at its best rate of {GRID}")
+    for learner, explorer in itertools.product(learners, explorers):
+        best = lambda arm: max((numbers("habit", pairs, arm_of(learner, arm), lr, seeds)["area@1"] for lr in GRID), key=np.mean)
+        grpo, s2l = best("GRPO"), best(f"S2L-PO by {explorer}")  # [pairs, seeds]
+        fails, rescued = np.mean([rescue(before[pair, learner]["strict"], before[pair, explorer]["strict"], 64, 16)
+                                  for pair in pairs], axis=0)
+        places.append({"learner": learner, "explorer": explorer,
+                       "executed": float(np.mean([before[pair, explorer]["executed"] for pair in pairs])),
+                       "own success": float(np.mean([pass_at_k(before[pair, learner]["strict"], 64, 1) for pair in pairs])),
+                       "groups fail": float(fails), "rescued": float(rescued), "GRPO": float(grpo.mean()),
+                       "S2L-PO": float(s2l.mean()), "gain": float((s2l - grpo).mean()), "gains": (s2l - grpo).tolist()})
+        place = list(places[-1].items())[:-1]
+        if len(places) == 1:
+            print("".join(f"{key:>12}" for key, _ in place))
+        print("".join(f"{value:12.3f}" if isinstance(value, float) else f"{value:>12}" for _, value in place))
+    write_json(name, {"pairs": pairs, "seeds": len(seeds), "grid": GRID, "places": places})
+    draw_map(name, learners, explorers, places)
+
+
+def draw_map(name, learners, explorers, places):
+    if (figure := new_figure(1)) is None:
+        return
+    figure, axis = figure
+    gains = np.array([place["gain"] for place in places]).reshape(len(learners), len(explorers))
+    image = axis.imshow(gains, cmap="RdBu", vmin=-abs(gains).max(), vmax=abs(gains).max(), origin="lower", aspect="auto")
+    if gains.min() < 0 < gains.max():
+        axis.contour(gains, levels=[0], colors="black")  # where the gain changes sign
+    for (i, j), gain in np.ndenumerate(gains):
+        axis.text(j, i, f"{gain:+.2f}", ha="center", va="center")
+    axis.set_xticks(range(len(explorers)), [f"{place['explorer']}\n{place['executed']:.0%} executed"
+                                            for place in places[:len(explorers)]], fontsize=8)
+    axis.set_yticks(range(len(learners)), [f"{place['learner']}\n{place['groups fail']:.0%} of groups fail"
+                                           for place in places[::len(explorers)]], fontsize=8)
+    axis.set(title="S2L-PO's gain over GRPO, each at its best rate", xlabel="explorer", ylabel="learner")
+    figure.colorbar(image)
+    figure.savefig(ASSETS / f"{name}.png", dpi=110)
 
 
 SPECIAL = {"crossover": crossover, "compute": compute, "diversity": diversity, "when": when}

@@ -65,9 +65,9 @@ def measure(task, pair, name, n, thin=False, temperature=1.0, problems=128):
     model, tokenizer = models.load(base / name)
     problems = reward.load_problems(base / "heldout.jsonl")[:problems]
     prompts = [encode_prompt(problem, tokenizer) for problem in problems]
-    rollouts = (thinned if thin else sample)(model, prompts, n, torch.Generator().manual_seed(0), 16, temperature, from_explorer=thin)
-    texts = decode(rollouts, tokenizer)  # [P][n]
-    right = np.array([[reward.score(problem, text) for text in group] for problem, group in zip(problems, texts)])  # [P, n, 2]
+    write, random = thinned if thin else sample, torch.Generator().manual_seed(0)
+    texts = decode(write(model, prompts, n, random, 16, temperature, from_explorer=thin), tokenizer)  # [P][n]
+    right = np.array([[reward.score(problem, text) for text in group] for problem, group in zip(problems, texts)])
     groups = [texts_of[i:i + 16] for texts_of in texts for i in range(0, n - 15, 16)]
     distinct = lambda part: float(np.mean([len({part(text) for text in group}) for group in groups]))
     found = {"answer": right[..., 0].sum(1).tolist(), "strict": right[..., 1].sum(1).tolist(),
