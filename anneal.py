@@ -1,4 +1,4 @@
-"""Small-to-large annealing: how many rollouts of each group the explorer writes at each step (S2L-PO, Algorithm 1).
+"""Small-to-large annealing: which rollouts of each group the explorer writes at each step (S2L-PO, Algorithm 1).
 
     alpha_i = 1 - (i - 1) / (T_mix - 1)   for i <= T_mix, else 0       explorer's share at step i = 1, 2, ...
     G_w = ceil(alpha_i * G),  G_s = G - G_w                            explorer's and learner's rollouts
@@ -18,6 +18,10 @@ T_mix is a guess at how long that takes. Two schedules that are not the paper's 
 """
 import argparse
 import math
+
+import numpy as np
+
+from sample import mix, sample
 
 SCHEDULES = {
     "linear": "the paper's equation: from 1 at step 1 to 0 at step mix-steps",
@@ -68,6 +72,43 @@ def split_group(share, group_size, at_least=0):
     ceil would then add a rollout; hence the 1e-9."""
     explorer = min(math.ceil(share * group_size - 1e-9), group_size - at_least)
     return explorer, group_size - explorer
+
+
+def sample_groups(args, run, prompts, n_explorer, n_learner, explorer_random, learner_random, failed):
+    """Rollouts [P, G], one group for each of P prompts: n_explorer rollouts by the explorers, who share them out evenly, or
+    from their pool, and n_learner by the learner. For the schedule "rescue" `failed(rollouts)` tells the groups [P] in
+    which nothing is right."""
+    def by_explorers(prompts, n):                                                               # sample(pi_omega, G_w)
+        counts = [(n + i) // len(run.explorers) for i in range(len(run.explorers))]
+        return [sample(explorer, prompts, count, explorer_random, args.max_new_tokens, args.explorer_temperature,
+                       top_p=args.explorer_top_p, rows=args.rollout_rows, from_explorer=True)
+                for explorer, count in zip(run.explorers, counts) if count]
+
+    def by_learner(prompts, n):                                                                 # sample(pi_theta, G_s)
+        return [sample(run.learner, prompts, n, learner_random, args.max_new_tokens, args.temperature,
+                       top_p=args.top_p, rows=args.rollout_rows)] if n else []
+
+    def from_pool(prompts, n):
+        return [run.pool.draw(prompts, n, explorer_random, run.learner)]
+
+    def explore(prompts, n):
+        if not (run.pool and n):
+            return by_explorers(prompts, n)
+        stocked = [run.pool.count(prompt) >= n for prompt in prompts]
+        return [by_either(prompts, n, stocked, from_pool, by_explorers)]
+
+    if args.schedule != "rescue":
+        return mix(*explore(prompts, n_explorer), *by_learner(prompts, n_learner))
+    own = mix(*by_learner(prompts, n_learner))
+    return mix(own, by_either(prompts, n_explorer, failed(own), explore, by_learner))
+
+
+def by_either(prompts, n, which, first, second):
+    """Rollouts [P, n]: by `first` for the prompts where `which` [P] is true, by `second` for the others."""
+    parts = [mix(*write([prompt for prompt, w in zip(prompts, which) if w == wanted], n))
+             for wanted, write in ((True, first), (False, second)) if wanted in which]
+    place = np.argsort(np.argsort(np.logical_not(which), kind="stable"))  # back from `first`'s before `second`'s
+    return mix(*parts, dim=0).groups(place)
 
 
 def main():

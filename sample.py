@@ -1,6 +1,7 @@
 """KV-cached sampling: prompts in, rollouts out.
 
     python sample.py --model runs/family-habit/learner --prompt "Bfa483920=" --n 4
+    python sample.py --model EXPLORER --data train.jsonl --n 32 --out pool.jsonl          rollouts to train from later
 
 A group of G rollouts shares its prompt, so the prompt is prefilled once and its cache copied to the G rows. Rows that
 drew a stop token leave the batch, and waiting prompts take their place. Cache slot == position: a row of n tokens writes
@@ -14,12 +15,16 @@ Shapes: P prompts, G rollouts each, T response tokens, R rows in flight, S cache
 heads, K key/value heads, h head size.
 """
 import argparse
+import json
 import sys
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
+import reward
 from model import compiled, load, rms_norm, rotary, rotate
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -211,6 +216,58 @@ def sample(model, prompts, n, generator, max_new_tokens, temperature=1.0, top_k=
     return Rollouts(ids, lengths, logps, finished, torch.full_like(finished, from_explorer))
 
 
+class Pool:
+    """Explorer rollouts on disk, sampled ahead of training: JSONL, a rollout a line, with the fields of the authors'
+    sampler, of which prompt_ids, response_ids and small_model_log_probs are used. Only the lines' places are kept in
+    memory."""
+
+    def __init__(self, paths, num_tokens):
+        """ValueError names the line of a record that cannot be used; a last line that was cut short is left out."""
+        self.num_tokens, self.places = num_tokens, {}
+        for path in paths:
+            place = 0
+            with open(path, "rb") as file:
+                for number, line in enumerate(file, 1):
+                    try:
+                        self.places.setdefault(self.read(line)[0], []).append((path, place))
+                    except (ValueError, KeyError, TypeError, RecursionError) as error:
+                        if line.endswith(b"\n"):
+                            raise ValueError(f"{path}, line {number}: not a rollout of this model's family in the authors' "
+                                             f"layout: {' '.join(str(error).split()):.100}") from None
+                    place += len(line)
+
+    def read(self, line):
+        """(prompt_ids as a tuple, response_ids, log-probs) of one line."""
+        record = json.loads(line)
+        prompt, ids, logps = (record[key] for key in ("prompt_ids", "response_ids", "small_model_log_probs"))
+        if not all(type(i) is int and 0 <= i < self.num_tokens for i in (*prompt, *ids)):
+            raise ValueError("token ids that the learner does not have")
+        if not ids or len(ids) != len(logps) or not all(isinstance(x, (int, float)) for x in logps):
+            raise ValueError("as many log-probs as response ids are needed, and at least one")
+        return tuple(prompt), ids, logps
+
+    def count(self, prompt):
+        return len(self.places.get(tuple(prompt), ()))
+
+    def draw(self, prompts, n, generator, model):
+        """Rollouts [P, n], n different ones of each prompt's, in the order of the file."""
+        records = []
+        for prompt in prompts:
+            places = self.places[tuple(prompt)]
+            for i in torch.randperm(len(places), generator=generator)[:n].sort().values.tolist():
+                path, place = places[i]
+                with open(path, "rb") as file:
+                    file.seek(place)
+                    records.append(self.read(file.readline())[1:])
+        device, T = model.norm.weight.device, max(len(ids) for ids, _ in records)
+        padded = lambda rows, dtype: torch.tensor([[*row, *[0] * (T - len(row))] for row in rows], dtype=dtype, device=device)
+        ids, logps = padded([ids for ids, _ in records], torch.long), padded([logps for _, logps in records], torch.float32)
+        lengths = torch.tensor([len(ids) for ids, _ in records], device=device)
+        finished = torch.tensor([ids[-1] in model.stop_ids for ids, _ in records], device=device)
+        group = [x.unflatten(0, (len(prompts), n)) for x in (ids, lengths, logps, finished, torch.ones_like(finished))]
+        return Rollouts(*group)
+
+
 def pick_device(name):
     """`auto` takes CUDA, then Apple's MPS, then the CPU. ValueError for a device that is not there."""
     if name == "auto":
@@ -263,18 +320,70 @@ def add_sampling_flags(add):
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and activations")
 
 
+def write_pool(args, model, tokenizer):
+    """Samples args.n rollouts of every problem of --data (or of its --shard) into --out, in batches that are written whole
+    or not at all and have random numbers of their own: killed and started again, it goes on with the batch it was at, and
+    the file is the same as if it had never stopped. ValueError if the file there was made with other settings."""
+    at_once, out = 16, Path(args.out)
+    shard, shards = map(int, args.shard.split("/"))
+    problems = list(enumerate(reward.load_problems(args.data)))[shard - 1::shards]
+    prompts = [encode_prompt(problem, tokenizer) for _, problem in problems]
+    check_lengths(model, prompts, args.max_new_tokens)
+    settings = {key: value for key, value in vars(args).items() if key not in ("out", "device", "prompt", "chat")}
+    note = out.with_name(out.name + ".settings.json")  # beside the pool, whose records hold the authors' fields alone
+    if out.exists() and (not note.exists() or json.loads(note.read_text()) != settings):
+        raise ValueError(f"{out} was made with other settings ({note}): take another --out, or remove both")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    note.write_text(json.dumps(settings, indent=1))
+    done = place = keep = 0  # whole lines; where the next one begins; where the last whole batch ends
+    with open(out, "ab+") as file:
+        file.seek(0)
+        for line in file:
+            done, place = done + line.endswith(b"\n"), place + len(line)
+            keep = place if done % (at_once * args.n) == 0 or done == len(problems) * args.n else keep
+        file.truncate(keep)
+    done = len(problems) if done == len(problems) * args.n else done // (at_once * args.n) * at_once  # problems
+    with open(out, "a") as file, tqdm(total=len(problems), initial=done, unit="problem", desc=str(out),
+                                      dynamic_ncols=True) as bar:
+        for start in range(done, len(problems), at_once):
+            batch = problems[start:start + at_once]
+            random = torch.Generator().manual_seed(args.seed * 1_000_003 + batch[0][0])
+            rollouts = sample(model, prompts[start:start + at_once], args.n, random, args.max_new_tokens, args.temperature,
+                              args.top_k, args.top_p, args.presence_penalty)
+            for p, (texts, (number, problem)) in enumerate(zip(decode(rollouts, tokenizer), batch)):
+                for g, text in enumerate(texts):
+                    length, score = rollouts.lengths[p, g], reward.score(problem, text)
+                    file.write(json.dumps({
+                        "prompt_id": number, "prompt": problem.question, "prompt_ids": prompts[start + p], "response": text,
+                        "response_ids": rollouts.ids[p, g, :length].tolist(),
+                        "small_model_log_probs": rollouts.logps[p, g, :length].tolist(), "reward": float(score.strict),
+                        "is_correct": score.strict, "data_source": args.data, "ground_truth": problem.answer}) + "\n")
+            file.flush()
+            bar.update(len(batch))
+
+
 def main():
-    parser = argparse.ArgumentParser(description="Print completions of one prompt.",
+    parser = argparse.ArgumentParser(description="Print completions of one prompt, or write rollouts of many to a file.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--model", required=True, help="a checkpoint directory or a Hugging Face hub name")
-    add("--prompt", required=True, help="text, given to the model as it is")
+    add("--prompt", help="text, given to the model as it is")
     add("--chat", action="store_true", help="wrap the prompt in the tokeniser's chat template")
-    add("--n", type=int, default=4, help="completions")
+    add("--data", help="problems whose rollouts are written to --out, for train.py --explorer-pool")
+    add("--out", help="JSONL to write; goes on where it was stopped")
+    add("--shard", default="1/1", help="3/8: every eighth problem from the third on; the files of all shards make one pool")
+    add("--n", type=int, default=4, help="rollouts per prompt")
     add_sampling_flags(add)
     args = parser.parse_args()
     try:
+        if bool(args.prompt) == bool(args.data) or bool(args.data) != bool(args.out):
+            raise ValueError("give either --prompt, or --data and --out")
+        shard = args.shard.split("/")
+        if not (len(shard) == 2 and all(x.isdecimal() for x in shard) and 1 <= int(shard[0]) <= int(shard[1])):
+            raise ValueError(f"--shard {args.shard}: i/n with 1 <= i <= n is wanted, such as 3/8")
         model, tokenizer = load(args.model, pick_device(args.device), getattr(torch, args.dtype))
+        if args.data:
+            return write_pool(args, model, tokenizer)
         text = args.prompt
         if args.chat and not tokenizer.chat_template:
             raise ValueError(f"--chat: the tokeniser of {args.model} has no chat template")

@@ -927,14 +927,14 @@ def test_trap_28_no_explorer_is_plain_grpo_to_the_bit_and_the_explorer_stays_fro
     _, none = train_here(family, tmp_path / "none", "--explorer", "none")
     _, zero = train_here(family, tmp_path / "zero", "--schedule", "constant", "--explorer-share", 0)
     assert none == zero and none[-1]["share"] == 0
-    calls, models_called, real = [], [], training.sample
+    calls, models_called, real = [], [], anneal.sample
 
     def spy(model, *args, **kwargs):
         models_called.append((kwargs.get("from_explorer", False), weakref.ref(model)))
         calls.append((kwargs.get("from_explorer", False), [p.clone() for p in model.parameters()]))
         return real(model, *args, **kwargs)
 
-    monkeypatch.setattr(training, "sample", spy)
+    monkeypatch.setattr(anneal, "sample", spy)
     run, lines = train_here(family, tmp_path / "mixed", "--mix-steps", 3)
     assert [line["rollouts_explorer"] for line in lines[1:]] == [16, 8, 0, 0]
     explorers = [parameters for by_explorer, parameters in calls if by_explorer]
@@ -1050,7 +1050,7 @@ def test_compile_auto_goes_by_the_length_of_the_run(more, compiled, family, tmp_
 def test_train_is_algorithm_1(family, tmp_path, monkeypatch):
     """What reaches `sample` and `update`: the split, each source's own sampling settings, one advantage over the whole
     group from the strict reward, fresh random numbers each step."""
-    sampled, updates, seeds, real_sample, real_update = [], [], [], training.sample, training.update
+    sampled, updates, seeds, real_sample, real_update = [], [], [], anneal.sample, training.update
 
     def spy_sample(model, prompts, n, generator, max_new_tokens, temperature, top_p, rows, from_explorer=False):
         sampled.append((from_explorer, n, temperature, top_p))
@@ -1061,7 +1061,7 @@ def test_train_is_algorithm_1(family, tmp_path, monkeypatch):
         updates.append((rollouts, advantages))
         return real_update(args, learner, reference, optimizer, prompts, rollouts, advantages, generator)
 
-    monkeypatch.setattr(training, "sample", spy_sample)
+    monkeypatch.setattr(anneal, "sample", spy_sample)
     monkeypatch.setattr(training, "update", spy_update)
     # Answer and strict as different as can be, or training on the wrong one would not show.
     monkeypatch.setattr(reward, "score", lambda problem, text: reward.Score(text[:1] in "01234", text[:1] in "02468"))
@@ -1082,8 +1082,8 @@ def test_train_is_algorithm_1(family, tmp_path, monkeypatch):
 
 
 def test_rescue_puts_the_explorer_only_where_the_learner_failed(family, tmp_path, monkeypatch):
-    calls, updates, real_sample, real_update = [], [], training.sample, training.update
-    monkeypatch.setattr(training, "sample", lambda model, prompts, n, *args, **more: calls.append(
+    calls, updates, real_sample, real_update = [], [], anneal.sample, training.update
+    monkeypatch.setattr(anneal, "sample", lambda model, prompts, n, *args, **more: calls.append(
         (more.get("from_explorer", False), prompts, n, real_sample(model, prompts, n, *args, **more))) or calls[-1][-1])
     monkeypatch.setattr(training, "update", lambda args, learner, reference, optimizer, prompts, rollouts, *more: updates.append(
         (prompts, rollouts, [calls.pop(0) for _ in calls[:]])) or real_update(args, learner, reference, optimizer, prompts, rollouts, *more))
@@ -1135,8 +1135,8 @@ def test_an_explorer_that_has_left_is_freed(family, tmp_path):
 
 
 def test_several_explorers_share_the_explorers_rollouts(family, tmp_path, monkeypatch):
-    written, real = [], training.sample
-    monkeypatch.setattr(training, "sample", lambda model, prompts, n, *args, **more: written.append(
+    written, real = [], anneal.sample
+    monkeypatch.setattr(anneal, "sample", lambda model, prompts, n, *args, **more: written.append(
         (sum(p.numel() for p in model.parameters()), n, real(model, prompts, n, *args, **more))) or written[-1][-1])
     shutil.copytree(family / "explorer", tmp_path / "same")
     _, lines = train_here(family, tmp_path / "run", "--explorer", family / "explorer", family / "learner", tmp_path / "same",
@@ -1145,6 +1145,91 @@ def test_several_explorers_share_the_explorers_rollouts(family, tmp_path, monkey
     assert len({size for size, _, _ in written[:3]}) == 2
     assert not torch.equal(written[3][2].ids, written[5][2].ids)  # the same model twice, with other random numbers
     assert [line["rollouts_explorer"] for line in lines[1:]] == [16, 12, 8, 0]
+
+
+def test_training_from_a_pool_equals_live_sampling_of_the_same_rollouts(family, tmp_path, monkeypatch):
+    """Also for more than one update a step, and with an explorer that makes up what the pool lacks."""
+    lines, real = [], anneal.sample
+
+    def spy(model, prompts, n, *args, **more):
+        rollouts = real(model, prompts, n, *args, **more)
+        if more.get("from_explorer"):
+            for p, prompt in enumerate(prompts):
+                for g in range(n):
+                    length = rollouts.lengths[p, g]
+                    lines.append(json.dumps({"prompt_ids": prompt, "response_ids": rollouts.ids[p, g, :length].tolist(),
+                                             "small_model_log_probs": rollouts.logps[p, g, :length].tolist()}) + "\n")
+        return rollouts
+
+    with monkeypatch.context() as patch:
+        patch.setattr(anneal, "sample", spy)
+        live, expected = train_here(family, tmp_path / "live", "--mix-steps", 4, "--off-policy", "behaviour", "--lr", 1e-2)
+    pool = tmp_path / "pool.jsonl"
+    pool.write_text("".join(lines) + '{"prompt_ids": [5, 3')  # and a torn last line
+    given = [str(flag) for flag in flags(family, tmp_path / "run", "--mix-steps", 4, "--off-policy", "behaviour", "--lr", 1e-2)]
+    place = given.index("--explorer")
+    del given[place:place + 2]
+
+    def run(*more):
+        args = training.parse_args([*given, *map(str, more)])
+        training.resolve_args(args)
+        done = training.Run(args)
+        training.train(args, done)
+        done.finish(0)
+        return done, read_metrics(args.out)
+
+    from_pool, metrics = run("--explorer-pool", pool)
+    assert metrics == expected and from_pool.explorers == []
+    assert all(torch.equal(a, b) for a, b in zip(weights(tmp_path / "live").values(), weights(tmp_path / "run").values()))
+    pool.write_text("".join(lines[:-3]))  # three of step 3's rollouts, two prompts
+    with pytest.raises(ValueError, match=r"lacks 3 rollouts of 2 prompts .* write more with sample.py --n 4, or add --explorer"):
+        run("--explorer-pool", pool, "--out", tmp_path / "short")
+    _, metrics = run("--explorer-pool", pool, "--explorer", family / "explorer", "--out", tmp_path / "both")
+    assert metrics[:3] == expected[:3] and metrics[3] != expected[3]
+    assert [line["rollouts_explorer"] for line in metrics[1:]] == [16, 12, 8, 0]
+    for record, complaint in (('{"prompt_ids": [5], "response_ids": [1, 2], "small_model_log_probs": [-1.0]}', "as many log-probs"),
+                              ('{"prompt_ids": [5], "response_ids": [999], "small_model_log_probs": [-1.0]}', "token ids that the learner"),
+                              ('{"prompt_ids": 5}', "line 2"), ("[]", "line 2"), ("{", "line 2"), ("[" * 10_000, "line 2")):
+        (tmp_path / "broken.jsonl").write_text(lines[0] + record + "\n" + lines[0])
+        with pytest.raises(ValueError, match=f"broken.jsonl, line 2: .*{complaint if complaint != 'line 2' else ''}"):
+            sampling.Pool([tmp_path / "broken.jsonl"], 60)
+
+
+def test_a_pool_is_the_same_whether_or_not_it_was_killed(family, tmp_path, monkeypatch, capsys):
+    problems = reward.load_problems(family / "train.jsonl") * 2  # 40 problems: 2 whole batches of 16 and a short one
+    reward.save_problems(problems, tmp_path / "problems.jsonl")
+    out = tmp_path / "pool.jsonl"
+
+    def run(*more):
+        monkeypatch.setattr(sys, "argv", [str(x) for x in ("sample.py", "--model", family / "explorer", "--data", tmp_path / "problems.jsonl",
+                                                           "--n", 3, "--max-new-tokens", 4, "--device", "cpu", *more)])
+        try:
+            sampling.main()
+        except SystemExit as stopped:
+            return stopped.code, capsys.readouterr().err
+        return 0, capsys.readouterr().err
+
+    assert run("--out", out)[0] == 0
+    whole, random_place = out.read_bytes(), random.Random(0)
+    records = [json.loads(line) for line in whole.splitlines()]
+    assert [record["prompt_id"] for record in records] == [i for i in range(40) for _ in range(3)]
+    assert records[0].keys() == {"prompt_id", "prompt", "prompt_ids", "response", "response_ids", "small_model_log_probs", "reward",
+                                 "is_correct", "data_source", "ground_truth"}
+    right = [reward.score(problems[record["prompt_id"]], record["response"]).strict for record in records]
+    assert [record["is_correct"] for record in records] == right and any(right) and not all(right)
+    for length in (0, len(whole) - 1, len(whole), *random_place.sample(range(len(whole)), 2)):
+        out.write_bytes(whole[:length])
+        assert run("--out", out)[0] == 0 and out.read_bytes() == whole, length
+    code, error = run("--out", out, "--temperature", 0.5)
+    assert code == 2 and "was made with other settings" in error and out.read_bytes() == whole
+    parts = []
+    for shard in ("1/3", "2/3", "3/3"):
+        assert run("--out", tmp_path / "shard.jsonl", "--shard", shard)[0] == 0
+        parts += [json.loads(line)["prompt_id"] for line in (tmp_path / "shard.jsonl").read_text().splitlines()]
+        for name in ("shard.jsonl", "shard.jsonl.settings.json"):
+            (tmp_path / name).unlink()
+    assert sorted(parts) == sorted(record["prompt_id"] for record in records)
+    assert run("--out", out, "--shard", "4/3")[0] == run()[0] == 2
 
 
 def test_evaluations_have_a_temperature_of_their_own(family, tmp_path):
@@ -1296,7 +1381,7 @@ def test_thinned_groups_have_one_method_as_often_as_before(family, tmp_path, mon
     assert (share(plain) - share(thin)).abs().max() < 0.1
     # In training the learner's part of each group stays as it is.
     groups, real = [], training.update
-    monkeypatch.setattr(training, "sample", pairs.thinned)
+    monkeypatch.setattr(anneal, "sample", pairs.thinned)
     monkeypatch.setattr(training, "update", lambda *args: groups.append(args[5]) or real(*args))
     train_here(family, tmp_path / "run", "--group-size", 16, "--schedule", "constant", "--eval-every", 0)
     for rollouts in groups:

@@ -29,11 +29,11 @@ import torch
 from tqdm import tqdm
 
 import reward
-from anneal import MIXES, SCHEDULES, explorer_share, observe, split_group
+from anneal import MIXES, SCHEDULES, explorer_share, observe, sample_groups, split_group
 from eval import draw_run, evaluate, pass_at_k, powers_of_two, table
 from grpo import LOSSES, OFF_POLICY, Optimizer, group_advantages, update
 from model import load, save
-from sample import check_lengths, decode, encode_prompt, mix, pick_device, sample
+from sample import Pool, check_lengths, decode, encode_prompt, mix, pick_device
 
 COMPILE_FROM = 5_000_000  # tokens: where torch.compile has earned its minute on the laptop's models (bench/README.md)
 LEARNER, EXPLORER, MINIBATCH, EVALUATION = range(4)  # what a random stream is for
@@ -66,7 +66,9 @@ def one_update(args, run, step, batch, n_explorer, n_learner):
     """Rollouts, rewards, advantages, update: what Algorithm 1 does in a step. Returns what `Run.record` writes down."""
     problems, prompts = [run.problems[i] for i in batch], [run.prompts[i] for i in batch]
     clock = [time.perf_counter()]
-    rollouts = one_group_each(args, run, step, problems, prompts, n_explorer, n_learner)        # O
+    failed = lambda rollouts: (judge(run, problems, rollouts)[1][..., 1].amax(1) == 0).tolist()
+    rollouts = sample_groups(args, run, prompts, n_explorer, n_learner, generator(args.seed, step, EXPLORER),
+                             generator(args.seed, step, LEARNER), failed)                       # O
     clock.append(time.perf_counter())
     texts, scores = judge(run, problems, rollouts)                                              # [P, G, (answer, strict)]
     advantages = group_advantages(scores[..., 1], scale=args.loss != "dr_grpo")                 # [P, G], combined group
@@ -78,30 +80,6 @@ def one_update(args, run, step, batch, n_explorer, n_learner):
                 "groups_all_pass": (scores[..., 1].amin(1) == 1).float().mean().item()}
     clock.append(time.perf_counter())
     return rollouts, texts, scores, metrics, np.diff(clock)
-
-
-def one_group_each(args, run, step, problems, prompts, n_explorer, n_learner):
-    """Rollouts [P, G]: n_explorer of each group by the explorers, who share them out evenly, and n_learner by the learner."""
-    explorer_random, learner_random = (generator(args.seed, step, purpose) for purpose in (EXPLORER, LEARNER))
-
-    def by_explorers(prompts, n):                                                               # sample(pi_omega, G_w)
-        counts = [(n + i) // len(run.explorers) for i in range(len(run.explorers))]
-        return [sample(explorer, prompts, count, explorer_random, args.max_new_tokens, args.explorer_temperature,
-                       top_p=args.explorer_top_p, rows=args.rollout_rows, from_explorer=True)
-                for explorer, count in zip(run.explorers, counts) if count]
-
-    def by_learner(prompts, n):                                                                 # sample(pi_theta, G_s)
-        return [sample(run.learner, prompts, n, learner_random, args.max_new_tokens, args.temperature,
-                       top_p=args.top_p, rows=args.rollout_rows)] if n else []
-
-    if args.schedule != "rescue":
-        return mix(*by_explorers(prompts, n_explorer), *by_learner(prompts, n_learner))
-    own = mix(*by_learner(prompts, n_learner))
-    solved = judge(run, problems, own)[1][..., 1].any(1).tolist()
-    rest = [mix(*write([prompt for prompt, s in zip(prompts, solved) if s == which], n_explorer))
-            for which, write in ((False, by_explorers), (True, by_learner)) if which in solved]
-    place = np.argsort(np.argsort(solved, kind="stable"))  # `rest` lists the unsolved first; this is the batch's order
-    return mix(own, mix(*rest, dim=0).groups(place))
 
 
 def judge(run, problems, rollouts):
@@ -117,6 +95,8 @@ def parse_args(argv=None):
     add = parser.add_argument_group("models and problems (the laptop family's where --learner is not given)").add_argument
     add("--learner", help="model to train: a directory or a Hugging Face hub name")
     add("--explorer", nargs="+", help="frozen model that helps to explore, or `none` for plain GRPO; several share the work")
+    add("--explorer-pool", nargs="+", help="the explorer's rollouts on disk (sample.py --data --out), in place of the explorer; "
+        "with --explorer too, it makes up what is missing")
     add("--task", choices=reward.TASKS, default="habit", help="the laptop family's task")
     add("--data", help="problems to train on: JSONL with `question` and `answer`")
     add("--eval-data", help="held-out problems in the same layout; with --data and without them nothing is evaluated")
@@ -175,7 +155,9 @@ def resolve_args(args):
     args.mix_steps = max(1, args.steps // 2) if args.mix_steps is None else args.mix_steps
     for wrong, message in (
             (not laptop and args.data is None, "--learner needs --data: problems as JSONL with `question` and `answer`"),
-            (not laptop and args.explorer is None, "--learner needs --explorer: a model, or `none` for plain GRPO"),
+            (not laptop and args.explorer is None and not args.explorer_pool,
+             "--learner needs --explorer (a model, or `none` for plain GRPO) or --explorer-pool"),
+            (args.explorer == [] and args.explorer_pool, "--explorer-pool and no explorer: leave one of them out"),
             (args.group_size < 2, f"--group-size {args.group_size}: the advantage compares rollouts, so at least 2"),
             (args.mix_steps > args.steps, f"--mix-steps {args.mix_steps} is beyond --steps {args.steps}"),
             (not 1 <= args.minibatches <= args.prompts_per_step, "--minibatches must be between 1 and --prompts-per-step"),
@@ -203,9 +185,10 @@ def resolve_args(args):
             print(f"first run: making the two base models of task `{args.task}`, kept in {family}")
             make_family(family, args.task, device=pick_device(args.device))
         args.learner = str(family / "learner")
-        args.explorer = [str(family / "explorer")] if args.explorer is None else args.explorer
+        args.explorer = [str(family / "explorer")] if args.explorer is None and not args.explorer_pool else args.explorer
         args.data = args.data or str(family / "train.jsonl")
         args.eval_data = args.eval_data or str(family / "heldout.jsonl")
+    args.explorer = args.explorer or []
     args.out = args.out or str(Path("runs", time.strftime("%Y%m%d-%H%M%S")))
     config = Path(args.out, "config.json")
     if config.exists() and not args.resume:
@@ -267,6 +250,9 @@ class Run:
             explorer.requires_grad_(False)
             explorer.compiled = self.learner.compiled
             self.explorers.append(explorer)
+        self.pool = Pool(args.explorer_pool, self.learner.num_tokens) if args.explorer_pool else None
+        if self.pool and not self.explorers:
+            self.check_stock(share)
         # One end for all: else a base learner would learn a stop token of an instruct explorer and not stop at it.
         stop_ids = tuple(sorted({token for model in (self.learner, *self.explorers) for token in model.stop_ids}))
         for model in (self.learner, *self.explorers):
@@ -281,12 +267,29 @@ class Run:
         print(f"learner   {args.learner}: {size(self.learner)}, on {device}")
         for name, explorer in zip(args.explorer, self.explorers):
             print(f"explorer  {name}: {size(explorer)}, frozen, writes until step {self.last_explorer_step} of {args.steps}")
-        if not self.explorers:
+        if self.pool:
+            print(f"explorer  {sum(map(len, self.pool.places.values())):,} rollouts of {len(self.pool.places):,} prompts on disk")
+        elif not self.explorers:
             print("explorer  not used")
         print(f"compile   {'on' if self.learner.compiled else 'off'} (--compile {args.compile}: up to {tokens:,} tokens to "
               f"write, on from {COMPILE_FROM:,})")
         print(f"problems  {len(self.problems)} to train on, {len(self.eval_problems)} held out; the first prompt:\n"
               f"          {self.tokenizer.decode(self.prompts[0])!r}")
+
+    def check_stock(self, share):
+        """ValueError if the pool has not enough rollouts of some prompt for the steps to come."""
+        args, wanted = self.args, {}
+        for step in range(self.first_step, self.last_explorer_step + 1):
+            n, _ = split_group(share(step), args.group_size)
+            n = args.group_size - 1 if args.schedule == "measured" else n  # not known beforehand
+            for i in batch_of(step, args.prompts_per_step, len(self.problems), args.seed):
+                wanted[i] = max(n, wanted.get(i, 0))
+        missing = {i: n - self.pool.count(self.prompts[i]) for i, n in wanted.items() if n > self.pool.count(self.prompts[i])}
+        if missing:
+            i = min(missing)
+            raise ValueError(f"--explorer-pool lacks {sum(missing.values()):,} rollouts of {len(missing):,} prompts that this "
+                             f"run asks, such as {missing[i]} of {wanted[i]} for {self.problems[i].question[:40]!r}: write more "
+                             f"with sample.py --n {max(wanted.values())}, or add --explorer to make them up")
 
     def metrics(self):
         path = self.out / "metrics.jsonl"
@@ -398,7 +401,7 @@ class Run:
         again = shlex.join(["python", *words])
         if lines[-1]["step"] < self.args.steps:
             print(f"stopped by Ctrl-C; go on with: {again} --out {self.out} --resume")
-        elif not self.args.explorer:
+        elif self.args.schedule == "none":
             print("try next, the same with an explorer: leave out `--explorer none`")
         else:
             print(f"try next, the same without an explorer: {again} --explorer none")

@@ -30,6 +30,7 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import anneal
 import model as models
 import reward
 import train
@@ -55,7 +56,7 @@ ARMS = {  # name: train.py's flags; {base} is the directory of the base pair
     "GRPO at T 0.7": "--explorer none --temperature 0.7", "GRPO at T 1.3": "--explorer none --temperature 1.3",
     "GRPO at T 1.6": "--explorer none --temperature 1.6",
     "hot copy": "--explorer {base}/learner --explorer-temperature 1.6",
-    "thinned": "",  # and `thinned` in the place of train.sample
+    "thinned": "",  # and `thinned` in the place of anneal.sample
     "twin": "--explorer {base}/twin", "early": "--explorer {base}/early", "pruned": "--explorer {base}/pruned",
     "behaviour": "--off-policy behaviour", "truncated": "--off-policy truncated",
     "geometric": "--off-policy geometric", "positive": "--off-policy positive",
@@ -125,7 +126,7 @@ def work(job):
                                  "--data", str(base / "train.jsonl"), "--eval-data", str(base / "heldout.jsonl"),
                                  "--lr", str(lr), "--seed", str(seed), "--out", str(out), *flags_of(arm, base)])
         train.resolve_args(args)
-        train.sample = thinned if arm == "thinned" else sample
+        anneal.sample = thinned if arm == "thinned" else sample
         run = train.Run(args)
         train.train(args, run)
         if run.interrupted:  # Ctrl-C, which a run takes as a wish to stop after the step
