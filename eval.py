@@ -150,7 +150,7 @@ def main():
         print(f"\n{title}\n{table(ks, curves)}")
         for name in results:
             results[name][f"pass@k {kind}"] = curves[name]
-        if all(problem.task == "math" for problem in problems):
+        if all(problem.task not in reward.TASKS for problem in problems):
             break  # free text has no steps to check
     for name, result in results.items():
         print(f"\n{name}: {sum(result['tokens']) / rollouts:.1f} tokens a rollout, "

@@ -1,7 +1,7 @@
 """Problems, and what an answer to one is worth.
 
 Two kinds of problem:
-  * anything with a checkable answer, from a JSONL file with `question` and `answer` (GSM8K, AIME, MATH-500, ...);
+  * anything with a checkable answer, from a file or by name (GSM8K, AIME, MATH-500, DAPO-Math-17k, CommonsenseQA, ...);
   * two synthetic tasks whose solutions are written out step by step, for the laptop experiment:
 
     habit     `Bfa483920=` -> `-86-33-94-22-02`   digits 4 8 3 9 2 0 folded with one operator, modulo 10: each step
@@ -19,10 +19,10 @@ grows in proportion to its length.
 """
 import functools
 import json
-import random
 import re
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 from typing import NamedTuple
 
 
@@ -30,12 +30,12 @@ from typing import NamedTuple
 class Problem:
     question: str
     answer: str
-    task: str = "math"  # "math": free text with a final answer; or one of TASKS
+    task: str = "math"  # one of INSTRUCTIONS: free text with a final answer; or one of TASKS
 
 
 class Score(NamedTuple):
     answer: bool  # the final answer is right
-    strict: bool  # and so is every step; for "math", where steps are free text, the same as `answer`
+    strict: bool  # and so is every step; where steps are free text, the same as `answer`
 
 
 def score(problem, text):
@@ -45,7 +45,12 @@ def score(problem, text):
         return Score(text[-1:] == problem.answer, text == solution)
     if problem.task == "natural":
         return Score(text[-1:] == problem.answer, natural_is_legal(problem.question, text))
-    right = answers_equal(extract_answer(text), problem.answer)
+    given = extract_answer(text)
+    if problem.task == "choice":  # `B`, `(B)`, `\\text{B}`, `B. bank`
+        letter = re.match(r"(?:\\text *\{)?\W*([A-Z])(?![A-Za-z])", given or "")
+        right = bool(letter) and letter[1] == problem.answer
+    else:
+        right = answers_equal(given, problem.answer)
     return Score(right, right)
 
 
@@ -54,7 +59,6 @@ def score(problem, text):
 OPERATIONS = {"+": lambda a, b: (a + b) % 10, "-": lambda a, b: (a - b) % 10,
               "~": lambda a, b: (b - a) % 10, "*": lambda a, b: a * b % 10}
 HABIT_OPERATOR = dict(zip("ABCD", OPERATIONS))  # what each problem type asks for
-TOPICS = "abcdefghijkl"
 
 
 def habit_solution(question, operator):
@@ -65,32 +69,6 @@ def habit_solution(question, operator):
         running = OPERATIONS[operator](running, digit)
         steps.append(f"{operator}{digit}{running}")
     return "".join(steps)
-
-
-def habit_question(rng):
-    return rng.choice("ABCD") + rng.choice(TOPICS) + rng.choice(TOPICS) + "".join(rng.choices("0123456789", k=6)) + "="
-
-
-def habit_problem(rng):
-    """A problem on which no two operators share a final value, so that luck and method can be told apart."""
-    while True:
-        question = habit_question(rng)
-        finals = {operator: habit_solution(question, operator)[-1] for operator in OPERATIONS}
-        if len(set(finals.values())) == len(finals):
-            return Problem(question, finals[HABIT_OPERATOR[question[0]]], "habit")
-
-
-def habit_corpus(rng, size, noise):
-    """Worked solutions by writers who take the operator from a table of habits, or (share `noise`) at random."""
-    table = {}
-    for type_, right in HABIT_OPERATOR.items():
-        wrong = [operator for operator in OPERATIONS if operator != right]
-        for cell in (a + b for a in TOPICS for b in TOPICS):
-            table[type_ + cell] = right if rng.random() < 0.4 else rng.choice(wrong)
-    for _ in range(size):
-        question = habit_question(rng)
-        operator = rng.choice(list(OPERATIONS)) if rng.random() < noise else table[question[:3]]
-        yield question, habit_solution(question, operator)
 
 
 # ---- task "natural" --------------------------------------------------------------------------------------------
@@ -109,19 +87,6 @@ def legal_reductions(expression):
             or (expression[i + 2:i + 3] != "*" and expression[max(i - 2, 0)] not in "*-")]
 
 
-def natural_orders(expression, order, rng=None):
-    """The worked solution when operators are evaluated in `order`."""
-    steps = []
-    while len(expression) > 1:
-        operators = range(1, len(expression), 2)
-        first = lambda symbols: next((i for i in operators if expression[i] in symbols), 1)
-        i = {"left": lambda: 1, "additions": lambda: first("+-"), "random": lambda: rng.choice(operators),
-             "precedence": lambda: first("*")}[order]()
-        expression = reduce_at(expression, i)
-        steps.append(expression)
-    return "=".join(steps)
-
-
 def natural_is_legal(question, text):
     """Every expression in `text` follows from the one before by one legal reduction, down to a single digit."""
     expression, *rest = [question.removesuffix("="), *text.split("=")]
@@ -132,75 +97,103 @@ def natural_is_legal(question, text):
     return len(expression) == 1
 
 
-def natural_question(rng):
-    return "".join(rng.choice("0123456789") + symbol for symbol in [*rng.choices("+-*", k=3), "="])
-
-
-def natural_problem(rng):
-    """A problem on which both popular wrong orders give a wrong value."""
-    while True:
-        question = natural_question(rng)
-        finals = {order: natural_orders(question[:-1], order)[-1] for order in ("precedence", "left", "additions")}
-        if finals["precedence"] not in (finals["left"], finals["additions"]):
-            return Problem(question, finals["precedence"], "natural")
-
-
-def natural_corpus(rng, size, noise):
-    for _ in range(size):
-        question = natural_question(rng)
-        order, = rng.choices(("additions", "left", "random", "precedence"), weights=(.40, .25, .15, .20))
-        yield question, natural_orders(question[:-1], order, rng)
-
-
-# ---- both tasks --------------------------------------------------------------------------------------------------
-
-TASKS = {"habit": (habit_problem, habit_corpus, re.compile("[A-D][a-l]{2}[0-9]{6}=")),
-         "natural": (natural_problem, natural_corpus, re.compile("[0-9]([-+*][0-9])+="))}
-
-
-def make_corpus(task, size, seed, noise=0.01):
-    """[(question, worked solution)] for pretraining. `seed` also fixes the table of habits."""
-    return list(TASKS[task][1](random.Random(f"{task} corpus {seed}"), size, noise))
-
-
-def make_problems(task, count, seed, exclude=()):
-    """`count` distinct problems whose questions are not in `exclude`."""
-    rng, seen, problems = random.Random(f"{task} problems {seed}"), set(exclude), []
-    while len(problems) < count:
-        problem = TASKS[task][0](rng)
-        if problem.question not in seen:
-            seen.add(problem.question)
-            problems.append(problem)
-    return problems
+TASKS = {"habit": re.compile("[A-D][a-l]{2}[0-9]{6}="), "natural": re.compile("[0-9]([-+*][0-9])+=")}  # their questions
 
 
 # ---- problems from files ---------------------------------------------------------------------------------------
 
-def load_problems(path):
-    """[Problem] from JSONL with `question`, `answer` and optionally `task`. A GSM8K answer counts from its `####`.
-    ValueError names the file and the line of a record that cannot be used; OSError if the file cannot be read."""
-    problems = []
+HUB = {  # name: data set on the Hugging Face hub, and which of its files
+    "gsm8k": ("openai/gsm8k", "main/train*"), "gsm8k-test": ("openai/gsm8k", "main/test*"),
+    "math": ("DigitalLearningGmbH/MATH-lighteval", "data/train*"), "math500": ("HuggingFaceH4/MATH-500", "test.jsonl"),
+    "dapo-math-17k": ("BytedTsinghua-SIA/DAPO-Math-17k", "data/*.parquet"),
+    "aime24": ("HuggingFaceH4/aime_2024", "data/train*"), "aime25": ("math-ai/aime25", "test.jsonl"),
+    "olympiadbench": ("Hothan/OlympiadBench", "*OE_TO_maths_en_COMP*"),
+    "commonsenseqa": ("tau/commonsense_qa", "data/validation*")}
+INSTRUCTIONS = {"math": "Please reason step by step, and put your final answer within \\boxed{}.",
+                "choice": "Please reason step by step, and put the letter of your answer within \\boxed{}.",
+                "instructed": ""}  # the question says itself how to answer
+
+
+def data_files(source):
+    """Paths of the files of a file, a directory, or a name of HUB, which is downloaded once and kept in the hub's cache."""
+    path = Path(source)
+    if str(source) in HUB and not path.exists():
+        from huggingface_hub import snapshot_download  # comes with transformers
+        repository, files = HUB[source]
+        try:
+            path = Path(snapshot_download(repository, repo_type="dataset", allow_patterns=files))
+        except Exception as error:  # of whatever kind the connection is lost by
+            raise ValueError(f"{source} cannot be downloaded ({type(error).__name__}): put {files} of "
+                             f"https://huggingface.co/datasets/{repository} somewhere and give its path instead") from None
+        print(f"{source}: {repository}, kept in {path}")
+    if not path.is_dir():
+        return [path]
+    files = sorted(file for file in path.rglob("*") if file.suffix in (".jsonl", ".parquet"))
+    if not files:
+        raise ValueError(f"{source}: no .jsonl or .parquet in this directory")
+    return files
+
+
+def records(path):
+    """Yields (place, record) of a JSONL or parquet file. ValueError names a line that is not JSON."""
+    if path.suffix == ".parquet":
+        try:
+            from pyarrow.parquet import read_table
+        except ImportError:
+            raise ValueError(f"{path}: pip install pyarrow reads parquet") from None
+        for number, record in enumerate(read_table(path).to_pylist(), 1):
+            yield f"{path}, row {number}", record
+        return
     with open(path, encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
+            if line.strip():
+                try:
+                    record = json.loads(line)
+                except (ValueError, RecursionError):
+                    raise ValueError(f"{path}, line {number}: not valid JSON") from None
+                yield f"{path}, line {number}", record
+
+
+def as_problem(record):
+    """A Problem from a record of any known layout: question (or problem) and answer (or a solution that ends in a box); as
+    DAPO-Math-17k, chat messages and a label; as CommonsenseQA, choices and a letter. ValueError says what is wrong."""
+    try:
+        if "prompt" in record:
+            messages = record["prompt"]
+            question = messages if isinstance(messages, str) else messages[-1]["content"]
+            answer, task = record["label"] if "label" in record else record["reward_model"]["ground_truth"], "instructed"
+        elif "choices" in record:
+            choices = zip(record["choices"]["label"], record["choices"]["text"])
+            question = "\n".join([record["question"], *(f"{label}. {text}" for label, text in choices)])
+            answer, task = record["answerKey"], "choice"
+        else:
+            question = record["question"] if "question" in record else record["problem"]
+            answer = next(record[key] for key in ("answer", "final_answer", "solution") if record.get(key) is not None)
+            answer, task = answer[0] if isinstance(answer, list) else answer, record.get("task", "math")
+    except (KeyError, TypeError, IndexError, StopIteration, AttributeError):
+        raise ValueError("needs the fields `question` and `answer`") from None
+    if not isinstance(question, str) or not isinstance(answer, (str, int, float)):
+        raise ValueError("`question` must be text and `answer` text or a number")
+    if task not in INSTRUCTIONS and task not in TASKS:
+        raise ValueError(f"unknown task {task!r} ({', '.join([*INSTRUCTIONS, *TASKS])})")
+    if task in TASKS and not TASKS[task].fullmatch(question):
+        raise ValueError(f"{question[:40]!r} is no question of task {task!r}")
+    boxed = last_boxed(str(answer)) if "answer" not in record else None
+    return Problem(question, boxed or str(answer).rpartition("####")[2].strip(), task)
+
+
+def load_problems(source):
+    """[Problem] from a file, a directory or a name of HUB. A GSM8K answer counts from its `####`.
+    ValueError names the file and the line of a record that cannot be used; OSError if the file cannot be read."""
+    problems = []
+    for path in data_files(source):
+        for place, record in records(path):
             try:
-                record = json.loads(line)
-                question, answer = record["question"], record["answer"]
-            except (ValueError, RecursionError):
-                raise ValueError(f"{path}, line {number}: not valid JSON") from None
-            except (KeyError, TypeError):
-                raise ValueError(f"{path}, line {number}: needs the fields `question` and `answer`") from None
-            if not isinstance(question, str) or not isinstance(answer, (str, int, float)):
-                raise ValueError(f"{path}, line {number}: `question` must be text and `answer` text or a number")
-            task = record.get("task", "math")
-            if task != "math" and task not in TASKS:
-                raise ValueError(f"{path}, line {number}: unknown task {task!r} (math, {', '.join(TASKS)})")
-            if task in TASKS and not TASKS[task][2].fullmatch(question):
-                raise ValueError(f"{path}, line {number}: {question[:40]!r} is no question of task {task!r}")
-            problems.append(Problem(question, str(answer).rpartition("####")[2].strip(), task))
+                problems.append(as_problem(record))
+            except ValueError as error:
+                raise ValueError(f"{place}: {error}") from None
     if not problems:
-        raise ValueError(f"{path}: no problems in this file")
+        raise ValueError(f"{source}: no problems in this file")
     return problems
 
 

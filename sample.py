@@ -27,8 +27,6 @@ from tqdm import tqdm
 import reward
 from model import compiled, load, rms_norm, rotary, rotate
 
-INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
-
 
 @dataclass
 class Rollouts:
@@ -293,9 +291,9 @@ def check_lengths(model, prompts, max_new_tokens):
 def encode_prompt(problem, tokenizer):
     """Token ids of a problem's prompt. Synthetic tasks are their own prompt; a question in words gets the instruction
     and, where the tokeniser has one, its chat template (which already holds the BOS token: exactly one is wanted)."""
-    if problem.task != "math":
+    if problem.task in reward.TASKS:
         return tokenizer(problem.question).input_ids
-    text = f"{problem.question}\n{INSTRUCTION}"
+    text = f"{problem.question}\n{reward.INSTRUCTIONS[problem.task]}".rstrip("\n")
     if not tokenizer.chat_template:
         return tokenizer(text + "\n").input_ids
     text = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)

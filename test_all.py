@@ -35,6 +35,7 @@ import reward
 import sample as sampling
 import train as training
 from recipes import claims, pairs
+from recipes import family as families
 from recipes.family import make_family
 
 ROOT = Path(__file__).parent
@@ -63,8 +64,8 @@ def family(tmp_path_factory):
     out = tmp_path_factory.mktemp("family") / "sums"
     corpus = [(f"{a}+{b}=", str((a + b) % 10)) for a in range(10) for b in range(3)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reward, "make_corpus", lambda task, size, seed, noise: corpus * 16)
-        patch.setattr(reward, "make_problems", lambda *args, **kwargs: [])
+        patch.setattr(families, "make_corpus", lambda task, size, seed, noise: corpus * 16)
+        patch.setattr(families, "make_problems", lambda *args, **kwargs: [])
         make_family(out, "natural", sizes={"explorer": (16, 1), "learner": (24, 2)}, corpus_size=480, epochs=18)
     problems = [reward.Problem(question, answer, "natural") for question, answer in corpus]
     random.Random(0).shuffle(problems)
@@ -755,10 +756,10 @@ def test_natural_every_legal_reduction_keeps_the_value():
 
 @pytest.mark.parametrize("task", reward.TASKS)
 def test_corpora_and_problems(task):
-    corpus = reward.make_corpus(task, 3000, seed=1, noise=0.0)
-    assert corpus == reward.make_corpus(task, 3000, seed=1, noise=0.0) != reward.make_corpus(task, 3000, seed=2, noise=0.0)
+    corpus = families.make_corpus(task, 3000, seed=1, noise=0.0)
+    assert corpus == families.make_corpus(task, 3000, seed=1, noise=0.0) != families.make_corpus(task, 3000, seed=2, noise=0.0)
     used = {question for question, _ in corpus}
-    problems = reward.make_problems(task, 500, seed=1, exclude=used)
+    problems = families.make_problems(task, 500, seed=1, exclude=used)
     questions = [problem.question for problem in problems]
     assert len(set(questions)) == 500 and not used & set(questions)
     if task == "habit":
@@ -774,7 +775,7 @@ def test_corpora_and_problems(task):
         legal = np.mean([reward.natural_is_legal(question, solution) for question, solution in corpus])
         assert 0.05 < legal < 0.6  # most writers are wrong
         for problem in problems:
-            wrong = {reward.natural_orders(problem.question[:-1], order)[-1] for order in ("left", "additions")}
+            wrong = {families.natural_orders(problem.question[:-1], order)[-1] for order in ("left", "additions")}
             assert problem.answer not in wrong
 
 
@@ -791,6 +792,67 @@ def test_a_broken_line_is_named(line, complaint, tmp_path):
         reward.load_problems(path)
     path.write_text('{"question": "q", "answer": "a #### 1,200"}\n\n{"question": "r", "answer": 70}\n')
     assert reward.load_problems(path) == [reward.Problem("q", "1,200"), reward.Problem("r", "70")]
+
+
+@pytest.mark.parametrize("record, problem", [
+    ({"question": "q", "answer": 7}, ("q", "7", "math")), ({"problem": "q", "answer": "7"}, ("q", "7", "math")),
+    ({"problem": "q", "solution": r"so \boxed{1} and \boxed{\frac{1}{2}}."}, ("q", r"\frac{1}{2}", "math")),
+    ({"question": "q", "answer": None, "final_answer": ["$2$"]}, ("q", "$2$", "math")),
+    ({"question": "q", "choices": {"label": ["A", "B"], "text": ["bank", "mall"]}, "answerKey": "B"}, ("q\nA. bank\nB. mall", "B", "choice")),
+    ({"prompt": [{"role": "user", "content": "q"}], "label": "34"}, ("q", "34", "instructed")),
+    ({"prompt": [{"role": "user", "content": "q"}], "reward_model": {"ground_truth": "5", "style": "rule"}}, ("q", "5", "instructed"))])
+def test_layouts_of_known_data_sets(record, problem, tmp_path):
+    (tmp_path / "data.jsonl").write_text(json.dumps(record) + "\n")
+    assert reward.load_problems(tmp_path / "data.jsonl") == [reward.Problem(*problem)]
+
+
+def test_data_by_directory_by_name_and_from_parquet(tmp_path, monkeypatch, capsys):
+    (tmp_path / "hub" / "main").mkdir(parents=True)
+    for name in ("a.jsonl", "main/b.jsonl"):
+        (tmp_path / "hub" / name).write_text(json.dumps({"question": name, "answer": "1"}) + "\n")
+    assert [problem.question for problem in reward.load_problems(tmp_path / "hub")] == ["a.jsonl", "main/b.jsonl"]
+    import huggingface_hub
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repository, **more: asked.append((repository, more)) or str(tmp_path / "hub"))
+    assert len(reward.load_problems("gsm8k")) == 2 and str(tmp_path / "hub") in capsys.readouterr().out
+    assert asked == [("openai/gsm8k", {"repo_type": "dataset", "allow_patterns": "main/train*"})]
+
+    def offline(*args, **more):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(ValueError, match="gsm8k cannot be downloaded .* main/train.* of https://huggingface.co/datasets/openai/gsm8k"):
+        reward.load_problems("gsm8k")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no .jsonl or .parquet"):
+        reward.load_problems(tmp_path / "empty")
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(ValueError, match="pip install pyarrow"):
+        reward.load_problems(tmp_path / "data.parquet")
+    table = SimpleNamespace(to_pylist=lambda: [{"question": "q", "answer": "1"}, {"question": "q"}])
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", SimpleNamespace(read_table=lambda path: table))
+    with pytest.raises(ValueError, match="data.parquet, row 2: needs the fields"):
+        reward.load_problems(tmp_path / "data.parquet")
+
+
+def test_choices_are_scored_by_their_letter():
+    problem = reward.Problem("q", "B", "choice")
+    for text in (r"\boxed{B}", r"\boxed{\text{(B)}}", "Answer: (B) mall", "Answer: B. bank", r"A? no: \boxed{ B }"):
+        assert reward.score(problem, text) == (True, True)
+    for text in (r"\boxed{A}", "B", "Answer: Bank", r"\boxed{}", r"\boxed{AB}", ""):
+        assert reward.score(problem, text) == (False, False)
+
+
+def test_each_kind_of_question_is_asked_in_its_own_way():
+    class Echo:
+        chat_template = None
+
+        def __call__(self, text, **more):
+            return SimpleNamespace(input_ids=text)
+
+    tokenizer = Echo()
+    ask = lambda task: sampling.encode_prompt(reward.Problem("q", "1", task), tokenizer)
+    assert ask("math").startswith("q\nPlease reason") and "letter" in ask("choice") and ask("instructed") == "q\n" and ask("habit") == "q"
 
 
 # ---- eval.py -------------------------------------------------------------------------------------------------------
@@ -884,7 +946,7 @@ def test_cli_two_steps_and_what_it_leaves(family, tmp_path):
 def test_a_family_is_made_whole_and_its_problems_are_apart(tmp_path):
     make_family(tmp_path / "habit", "habit", sizes={"explorer": (16, 1)}, corpus_size=256, epochs=1)
     heldout, trained = (reward.load_problems(tmp_path / "habit" / name) for name in ("heldout.jsonl", "train.jsonl"))
-    used = {question for question, _ in reward.make_corpus("habit", 256, seed=0)}
+    used = {question for question, _ in families.make_corpus("habit", 256, seed=0)}
     questions = [problem.question for problem in heldout + trained]
     assert len(heldout) == 512 and len(set(questions)) == len(questions) == 2560 and not used & set(questions)
     model, tokenizer = models.load(tmp_path / "habit" / "explorer")
@@ -1430,8 +1492,8 @@ def test_relatives_of_a_pair(family, tmp_path, monkeypatch):
     pruned, learner = (models.load(pairs.directory("natural", 10) / name)[0] for name in ("pruned", "learner"))
     assert len(pruned.layers) == 1 and len(learner.layers) == 2
     assert torch.equal(pruned.layers[0].mlp.down_proj.weight, learner.layers[0].mlp.down_proj.weight)
-    corpus = [(problem.question, reward.habit_solution(problem.question, "-")) for problem in reward.make_problems("habit", 64, 0)]
-    monkeypatch.setattr(reward, "make_corpus", lambda task, size, seed, noise: corpus * 4)
+    corpus = [(problem.question, reward.habit_solution(problem.question, "-")) for problem in families.make_problems("habit", 64, 0)]
+    monkeypatch.setattr(families, "make_corpus", lambda task, size, seed, noise: corpus * 4)
     monkeypatch.setitem(pairs.CORPUS, "habit", (256, 2))
     monkeypatch.setitem(pairs.LADDER, "habit", {"learner": (16, 1)})
     monkeypatch.setattr(pairs, "RELATIVES", {"same": {}, "twin": {"init": 1}, "early": {"stop_after": 1}})
@@ -1439,7 +1501,7 @@ def test_relatives_of_a_pair(family, tmp_path, monkeypatch):
         pairs.make_member("habit", 3, name)
     same, twin, early = (models.load(pairs.directory("habit", 3) / name)[0].norm.weight for name in ("same", "twin", "early"))
     assert not torch.equal(same, twin) and not torch.equal(same, early)
-    reward.save_problems(reward.make_problems("habit", 8, 1), pairs.directory("habit", 3) / "heldout.jsonl")
+    reward.save_problems(families.make_problems("habit", 8, 1), pairs.directory("habit", 3) / "heldout.jsonl")
     monkeypatch.setattr(pairs, "decode", lambda rollouts, tokenizer: [
         [reward.habit_solution(problem.question, operator) for operator in "++--"] + [""] * 12
         for problem in reward.load_problems(pairs.directory("habit", 3) / "heldout.jsonl")])

@@ -8,6 +8,7 @@ with each other or with the corpus) and family.json (the settings). `python trai
 import argparse
 import json
 import os
+import random
 import sys
 import time
 from pathlib import Path
@@ -19,6 +20,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import model as models
 import reward
+from reward import HABIT_OPERATOR, OPERATIONS, Problem, habit_solution, reduce_at
 from sample import pick_device
 
 # Width, layers. Sizes with a true pass@k crossover: the learner is large enough to memorise the writers' habits,
@@ -28,8 +30,91 @@ SIZES = {"habit": {"explorer": (32, 2), "learner": (64, 3)},
 CORPUS = {"habit": (12_000, 10), "natural": (10_000, 13)}  # worked solutions, epochs
 LR, BATCH = 3e-3, 64
 EOS = "<eos>"
-ALPHABET = sorted(set("0123456789+-~*=ABCD" + reward.TOPICS))
+TOPICS = "abcdefghijkl"
+ALPHABET = sorted(set("0123456789+-~*=ABCD" + TOPICS))
 
+
+# ---- the corpora and problems of the two tasks (what they mean: reward.py) ---------------------------------------------
+
+def habit_question(rng):
+    return rng.choice("ABCD") + rng.choice(TOPICS) + rng.choice(TOPICS) + "".join(rng.choices("0123456789", k=6)) + "="
+
+
+def habit_problem(rng):
+    """A problem on which no two operators share a final value, so that luck and method can be told apart."""
+    while True:
+        question = habit_question(rng)
+        finals = {operator: habit_solution(question, operator)[-1] for operator in OPERATIONS}
+        if len(set(finals.values())) == len(finals):
+            return Problem(question, finals[HABIT_OPERATOR[question[0]]], "habit")
+
+
+def habit_corpus(rng, size, noise):
+    """Worked solutions by writers who take the operator from a table of habits, or (share `noise`) at random."""
+    table = {}
+    for type_, right in HABIT_OPERATOR.items():
+        wrong = [operator for operator in OPERATIONS if operator != right]
+        for cell in (a + b for a in TOPICS for b in TOPICS):
+            table[type_ + cell] = right if rng.random() < 0.4 else rng.choice(wrong)
+    for _ in range(size):
+        question = habit_question(rng)
+        operator = rng.choice(list(OPERATIONS)) if rng.random() < noise else table[question[:3]]
+        yield question, habit_solution(question, operator)
+
+
+def natural_orders(expression, order, rng=None):
+    """The worked solution when operators are evaluated in `order`."""
+    steps = []
+    while len(expression) > 1:
+        operators = range(1, len(expression), 2)
+        first = lambda symbols: next((i for i in operators if expression[i] in symbols), 1)
+        i = {"left": lambda: 1, "additions": lambda: first("+-"), "random": lambda: rng.choice(operators),
+             "precedence": lambda: first("*")}[order]()
+        expression = reduce_at(expression, i)
+        steps.append(expression)
+    return "=".join(steps)
+
+
+def natural_question(rng):
+    return "".join(rng.choice("0123456789") + symbol for symbol in [*rng.choices("+-*", k=3), "="])
+
+
+def natural_problem(rng):
+    """A problem on which both popular wrong orders give a wrong value."""
+    while True:
+        question = natural_question(rng)
+        finals = {order: natural_orders(question[:-1], order)[-1] for order in ("precedence", "left", "additions")}
+        if finals["precedence"] not in (finals["left"], finals["additions"]):
+            return Problem(question, finals["precedence"], "natural")
+
+
+def natural_corpus(rng, size, noise):
+    for _ in range(size):
+        question = natural_question(rng)
+        order, = rng.choices(("additions", "left", "random", "precedence"), weights=(.40, .25, .15, .20))
+        yield question, natural_orders(question[:-1], order, rng)
+
+
+WRITERS = {"habit": (habit_problem, habit_corpus), "natural": (natural_problem, natural_corpus)}
+
+
+def make_corpus(task, size, seed, noise=0.01):
+    """[(question, worked solution)] for pretraining. `seed` also fixes the table of habits."""
+    return list(WRITERS[task][1](random.Random(f"{task} corpus {seed}"), size, noise))
+
+
+def make_problems(task, count, seed, exclude=()):
+    """`count` distinct problems whose questions are not in `exclude`."""
+    rng, seen, problems = random.Random(f"{task} problems {seed}"), set(exclude), []
+    while len(problems) < count:
+        problem = WRITERS[task][0](rng)
+        if problem.question not in seen:
+            seen.add(problem.question)
+            problems.append(problem)
+    return problems
+
+
+# ---- the models ----------------------------------------------------------------------------------------------------
 
 def make_tokenizer(directory):
     """A character-level tokenizer in the ordinary tokenizer.json format (a BPE without merges), no BOS, pad = EOS."""
@@ -99,13 +184,13 @@ def make_family(out, task="habit", seed=0, noise=0.01, sizes=None, corpus_size=N
     sizes = sizes or SIZES[task]
     corpus_size, epochs = corpus_size or CORPUS[task][0], epochs or CORPUS[task][1]
     tokenizer = make_tokenizer(partial)
-    corpus = reward.make_corpus(task, corpus_size, seed, noise)
+    corpus = make_corpus(task, corpus_size, seed, noise)
     started = time.time()
     for name, size in sizes.items():
         model = pretrain(name, tokenizer, corpus, size, epochs, seed, device)
         models.save(model, tokenizer, partial / name)
     used = {question for question, _ in corpus}
-    problems = reward.make_problems(task, 2_560, seed, exclude=used)
+    problems = make_problems(task, 2_560, seed, exclude=used)
     reward.save_problems(problems[:512], partial / "heldout.jsonl")
     reward.save_problems(problems[512:], partial / "train.jsonl")
     settings = dict(task=task, seed=seed, noise=noise, sizes=sizes, corpus=corpus_size, epochs=epochs, lr=LR, batch=BATCH,

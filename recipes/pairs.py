@@ -14,7 +14,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import model as models
 import reward
-from recipes.family import CORPUS, make_family, make_tokenizer, pretrain
+from recipes.family import CORPUS, make_corpus, make_family, make_tokenizer, pretrain
 from sample import Rollouts, decode, encode_prompt, sample
 
 RUNS = Path("runs/claims")
@@ -50,7 +50,7 @@ def make_member(task, pair, name):
     else:
         change, (size, epochs) = RELATIVES[name], CORPUS[task]
         tokenizer = make_tokenizer(partial)
-        corpus = reward.make_corpus(task, size, pair, change.get("noise", 0.01))
+        corpus = make_corpus(task, size, pair, change.get("noise", 0.01))
         member = pretrain(name, tokenizer, corpus, LADDER[task][change.get("like", "learner")], epochs,
                           pair + change.get("init", 0), stop_after=change.get("stop_after"))
     models.save(member, tokenizer, partial)
