@@ -33,16 +33,22 @@ def pass_at_k(correct, n, k):
     return float(1.0 - np.mean(all_fail))
 
 
-def evaluate(model, tokenizer, problems, n, generator, max_new_tokens, **sampling):
+def evaluate(model, tokenizer, problems, n, generator, max_new_tokens, template=None, thinking=None, **sampling):
     """Samples n rollouts per problem. Returns {"answer": [P], "strict": [P]}, the numbers of rollouts whose final answer
-    (whose every step) is right, and "truncated" [P] and "tokens" [P], those cut short and their total length."""
-    prompts = [encode_prompt(problem, tokenizer) for problem in problems]
+    (whose every step) is right, "truncated" [P] and "tokens" [P], those cut short and their total length, and "texts"."""
+    prompts = [encode_prompt(problem, tokenizer, template, thinking) for problem in problems]
     rollouts = sample(model, prompts, n, generator, max_new_tokens, **sampling)
     texts = decode(rollouts, tokenizer)
     scores = [[reward.score(problem, text) for text in group] for problem, group in zip(problems, texts)]
     return {"answer": [sum(s.answer for s in group) for group in scores],
-            "strict": [sum(s.strict for s in group) for group in scores],
+            "strict": [sum(s.strict for s in group) for group in scores], "texts": texts,
             "truncated": (~rollouts.finished).sum(1).tolist(), "tokens": rollouts.lengths.sum(1).tolist()}
+
+
+def bootstrap(correct, n, draws=1_000):
+    """95% interval of pass@1: problems are drawn anew, with replacement, as another exam of the same kind would."""
+    problems = np.random.default_rng(0).integers(len(correct), size=(draws, len(correct)))
+    return np.quantile((np.array(correct) / n)[problems].mean(1), (0.025, 0.975)).tolist()
 
 
 def powers_of_two(n):
@@ -121,71 +127,108 @@ def draw_run(directory):
     figure.savefig(directory / "curve.png", dpi=130)
 
 
+MODES = {"think": {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "presence_penalty": 0.0, "thinking": "on"},
+         "nothink": {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "presence_penalty": 1.5, "thinking": "off"}}
+
+
 def main():
     parser = argparse.ArgumentParser(description="pass@k of one or several models on the same problems.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--model", nargs="+", required=True, help="checkpoint directories or Hugging Face hub names")
-    add("--data", required=True, help="problems: JSONL with `question` and `answer`")
-    add("--problems", type=int, default=0, help="use the first so many problems; 0: all")
+    add("--data", nargs="+", required=True, help="problems: files, directories or names, as train.py's --data")
+    add("--problems", type=int, default=0, help="use the first so many problems of each; 0: all")
     add("--n", type=int, default=64, help="rollouts per problem")
     add("--k", help="comma-separated k of pass@k; powers of two up to n where not given")
+    add("--mode", choices=MODES, help="the paper's sampling settings for evaluation; flags that are given win")
     add_sampling_flags(add)
-    add("--out", help="directory for eval.json and pass_at_k.png; runs/eval- and the time where not given")
+    add("--out", help="directory of eval.json, pass_at_k.png and the generations; continued if it is there; runs/eval- and "
+        "the time where not given")
     args = parser.parse_args()
+    if args.mode:
+        parser.set_defaults(**MODES[args.mode])
+        args = parser.parse_args()
     try:
         ks = [int(k) for k in args.k.split(",")] if args.k else powers_of_two(args.n)
         if not ks or not all(1 <= k <= args.n for k in ks) or args.problems < 0:
             raise ValueError("--n must be at least 1, every --k between 1 and --n, and --problems at least 0")
-        problems = reward.load_problems(args.data)[:args.problems or None]
-        results = {name: evaluate_with_progress(args, name, problems) for name in args.model}
+        problems = {data: reward.load_problems(data)[:args.problems or None] for data in args.data}
+        out = Path(args.out or time.strftime("runs/eval-%Y%m%d-%H%M%S"))
+        out.mkdir(parents=True, exist_ok=True)
+        settings = {key: value for key, value in vars(args).items() if key not in ("out", "device", "k")}
+        if (out / "settings.json").exists() and json.loads((out / "settings.json").read_text()) != settings:
+            raise ValueError(f"{out} holds an evaluation with other settings (settings.json): take another --out")
+        (out / "settings.json").write_text(json.dumps(settings, indent=2))
+        results = {data: {} for data in problems}
+        for i, name in enumerate(args.model):
+            model, tokenizer = load(name, pick_device(args.device), getattr(torch, args.dtype))
+            for j, data in enumerate(problems):
+                path = out / f"generations-{i}-{j}.jsonl"
+                results[data][name] = evaluate_resumably(args, model, tokenizer, problems[data], path, f"{name} on {data}")
     except (ValueError, OSError) as error:
         print(f"eval.py: error: {error}", file=sys.stderr)
         sys.exit(2)
 
-    rollouts = len(problems) * args.n
-    print(f"{len(problems)} problems, {args.n} rollouts each")
-    for kind, title in (("answer", "final answer right"), ("strict", "every written step right")):
-        curves = {name: [pass_at_k(result[kind], args.n, k) for k in ks] for name, result in results.items()}
-        print(f"\n{title}\n{table(ks, curves)}")
-        for name in results:
-            results[name][f"pass@k {kind}"] = curves[name]
-        if all(problem.task not in reward.TASKS for problem in problems):
-            break  # free text has no steps to check
-    for name, result in results.items():
-        print(f"\n{name}: {sum(result['tokens']) / rollouts:.1f} tokens a rollout, "
-              f"{sum(result['truncated']) / rollouts:.1%} cut at --max-new-tokens {args.max_new_tokens}")
-    found = None
-    if len(curves) > 1:
-        found = crossover(ks, *list(curves.values())[:2])
-        print(f"crossover of the first two: {f'k = {found:.1f}' if found else 'none'}")
-        (first, second), group = [result[kind] for result in list(results.values())[:2]], min(16, args.n)
-        fails, rescued = rescue(first, second, args.n, group)
-        print(f"as learner and explorer: {fails:.0%} of the first's groups of {group} fail altogether; on those problems "
-              f"{rescued:.1%}\nof the second's rollouts are right, while of the first's own {pass_at_k(first, args.n, 1):.1%} are "
-              "on all problems")
-
-    out = Path(args.out or time.strftime("runs/eval-%Y%m%d-%H%M%S"))
-    out.mkdir(parents=True, exist_ok=True)
-    summary = {"settings": vars(args), "k": ks, "crossover": found, "models": results}
+    summary, curves_of = {"settings": vars(args), "k": ks, "data": {}}, {}
+    for data, models in results.items():
+        print(f"\n{data}: {len(problems[data])} problems, {args.n} rollouts each"
+              + (", answers compared with the help of math-verify" if reward.math_verify() else ""))
+        found, curves_of[data] = report(models, problems[data], ks, args.n)
+        summary["data"][data] = {"crossover": found, "models": models}
     (out / "eval.json").write_text(json.dumps(summary, indent=2))
-    if figure := new_figure(1):
-        plot_curves(figure[1], ks, curves)
+    if figure := new_figure(len(results)):
+        for axis, (data, curves) in zip(np.atleast_1d(figure[1]), curves_of.items()):
+            plot_curves(axis, ks, curves)
+            axis.set_title(Path(data).name)
         figure[0].savefig(out / "pass_at_k.png", dpi=130)
-    print(f"wrote {out / 'eval.json'}" + (f" and {out / 'pass_at_k.png'}" if figure else ""))
+    print(f"\nwrote {out / 'eval.json'}, the generations" + (f" and {out / 'pass_at_k.png'}" if figure else ""))
 
 
-def evaluate_with_progress(args, name, problems, at_once=16):
-    """`evaluate` a few problems at a time, under a progress bar."""
-    model, tokenizer = load(name, pick_device(args.device), getattr(torch, args.dtype))
-    generator, parts = torch.Generator().manual_seed(args.seed), []
-    with tqdm(total=len(problems), desc=name, unit="problem", dynamic_ncols=True) as bar:
-        for i in range(0, len(problems), at_once):
-            parts.append(evaluate(model, tokenizer, problems[i:i + at_once], args.n, generator, args.max_new_tokens,
-                                  temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
-                                  presence_penalty=args.presence_penalty))
-            bar.update(len(problems[i:i + at_once]))
-    return {key: sum((part[key] for part in parts), []) for key in parts[0]}
+def evaluate_resumably(args, model, tokenizer, problems, path, title, at_once=16):
+    """`evaluate`, a few problems at a time, each kept as a line of `path`: what was stopped goes on behind the lines that are
+    there. Every batch has random numbers of its own, so that the result is the same."""
+    lines = [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
+    lines = lines if len(lines) == len(problems) else lines[:len(lines) // at_once * at_once]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with open(path, "a") as file, tqdm(total=len(problems), initial=len(lines), desc=title, unit="problem",
+                                      dynamic_ncols=True) as bar:
+        for start in range(len(lines), len(problems), at_once):
+            batch = problems[start:start + at_once]
+            random = torch.Generator().manual_seed(args.seed * 1_000_003 + start)
+            found = evaluate(model, tokenizer, batch, args.n, random, args.max_new_tokens, args.template, args.thinking,
+                             temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
+                             presence_penalty=args.presence_penalty)
+            for i, problem in enumerate(batch):
+                lines.append({"question": problem.question, "truth": problem.answer} | {key: found[key][i] for key in found})
+                file.write(json.dumps(lines[-1]) + "\n")
+            file.flush()
+            bar.update(len(batch))
+    return {key: [line[key] for line in lines] for key in ("answer", "strict", "truncated", "tokens")}
+
+
+def report(models, problems, ks, n):
+    """Prints what `models`, {name: evaluate's counts}, reached on one data set and adds it to them. Returns the crossover of
+    the first two and the curves."""
+    free_text = all(problem.task not in reward.TASKS for problem in problems)  # has no steps to check
+    for kind, title in (("answer", "final answer right"), ("strict", "every written step right"))[:1 if free_text else 2]:
+        curves = {name: [pass_at_k(result[kind], n, k) for k in ks] for name, result in models.items()}
+        print(f"{title}\n{table(ks, curves)}")
+        for name, result in models.items():
+            result[f"pass@k {kind}"], result[f"pass@1 {kind} 95%"] = curves[name], bootstrap(result[kind], n)
+    rollouts = len(problems) * n
+    for name, result in models.items():
+        low, high = result[f"pass@1 {kind} 95%"]
+        print(f"{name}: pass@1 {pass_at_k(result[kind], n, 1):.1%} [{low:.1%}, {high:.1%}], "
+              f"{sum(result['tokens']) / rollouts:.1f} tokens a rollout, {sum(result['truncated']) / rollouts:.1%} cut short")
+    if len(curves) < 2:
+        return None, curves
+    found = crossover(ks, *list(curves.values())[:2])
+    print(f"crossover of the first two: {f'k = {found:.1f}' if found else 'none'}")
+    (first, second), group = [result[kind] for result in list(models.values())[:2]], min(16, n)
+    fails, rescued = rescue(first, second, n, group)
+    print(f"as learner and explorer: {fails:.0%} of the first's groups of {group} fail altogether; on those problems "
+          f"{rescued:.1%}\nof the second's rollouts are right, while of the first's own {pass_at_k(first, n, 1):.1%} are on all")
+    return found, curves
 
 
 if __name__ == "__main__":

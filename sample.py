@@ -288,16 +288,33 @@ def check_lengths(model, prompts, max_new_tokens):
                              f"the model's context of {context}: lower --max-new-tokens or drop the prompt")
 
 
-def encode_prompt(problem, tokenizer):
-    """Token ids of a problem's prompt. Synthetic tasks are their own prompt; a question in words gets the instruction
-    and, where the tokeniser has one, its chat template (which already holds the BOS token: exactly one is wanted)."""
+def encode_prompt(problem, tokenizer, template=None, thinking=None):
+    """Token ids of a problem's prompt. Synthetic tasks are their own prompt. A question in words gets its instruction and,
+    where the tokeniser has one, its chat template (which already holds the BOS token: exactly one is wanted), told to think
+    ("on") or not ("off") where it can be, as Qwen3's. Otherwise `template`: "plain" for no chat template, or the path of a
+    file in which {question} and {instruction} are filled in."""
     if problem.task in reward.TASKS:
         return tokenizer(problem.question).input_ids
-    text = f"{problem.question}\n{reward.INSTRUCTIONS[problem.task]}".rstrip("\n")
-    if not tokenizer.chat_template:
+    instruction = reward.INSTRUCTIONS[problem.task]
+    if template not in (None, "plain"):
+        text = Path(template).read_text(encoding="utf-8")
+        if "{question}" not in text:
+            raise ValueError(f"{template}: a template holds {{question}}, which this file does not")
+        # Not str.format: questions and templates are full of braces.
+        return tokenizer(text.replace("{instruction}", instruction).replace("{question}", problem.question)).input_ids
+    text = f"{problem.question}\n{instruction}".rstrip("\n")
+    if template == "plain" or not tokenizer.chat_template:
         return tokenizer(text + "\n").input_ids
-    text = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
+    options = {} if thinking is None else {"enable_thinking": thinking == "on"}
+    text = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True, **options)
     return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def add_prompt_flags(add):
+    """The flags of encode_prompt, through an argument parser's add_argument."""
+    add("--template", help="of prompts: `plain` for no chat template, or a file with {question} and {instruction}; the "
+        "tokeniser's chat template, if it has one, where not given")
+    add("--thinking", choices=("on", "off"), help="for chat templates that can, such as Qwen3's; the template's own where not given")
 
 
 def decode(rollouts, tokenizer):
@@ -308,6 +325,7 @@ def decode(rollouts, tokenizer):
 
 def add_sampling_flags(add):
     """The flags that sample.py and eval.py share, through an argument parser's add_argument."""
+    add_prompt_flags(add)
     add("--max-new-tokens", type=int, default=64, help="longest response")
     add("--temperature", type=float, default=1.0, help="0 is greedy")
     add("--top-k", type=int, default=0, help="0: off")
@@ -325,7 +343,7 @@ def write_pool(args, model, tokenizer):
     at_once, out = 16, Path(args.out)
     shard, shards = map(int, args.shard.split("/"))
     problems = list(enumerate(reward.load_problems(args.data)))[shard - 1::shards]
-    prompts = [encode_prompt(problem, tokenizer) for _, problem in problems]
+    prompts = [encode_prompt(problem, tokenizer, args.template, args.thinking) for _, problem in problems]
     check_lengths(model, prompts, args.max_new_tokens)
     settings = {key: value for key, value in vars(args).items() if key not in ("out", "device", "prompt", "chat")}
     note = out.with_name(out.name + ".settings.json")  # beside the pool, whose records hold the authors' fields alone

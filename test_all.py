@@ -884,12 +884,73 @@ def test_rescue_counts_groups_that_all_fail():
     assert success == pytest.approx((1 * 0.75 + 0.5 * 0.5) / 1.5) and evaluation.rescue([4], [4], 4, 2) == (0, 0)
 
 
+def test_bootstrap_covers_what_another_exam_would_show():
+    rng, inside = np.random.default_rng(0), 0
+    for _ in range(300):
+        chances = rng.beta(0.5, 1.0, size=60)  # mean 1/3
+        low, high = evaluation.bootstrap(rng.binomial(8, chances), 8, draws=300)
+        inside += low < 1 / 3 < high
+    assert 0.90 < inside / 300 < 0.98
+
+
+def test_evaluation_of_several_data_sets_goes_on_where_it_was_stopped(family, tmp_path, monkeypatch, capsys):
+    problems = reward.load_problems(family / "train.jsonl") * 2
+    for name, part in (("a.jsonl", problems), ("b.jsonl", problems[:5])):
+        reward.save_problems(part, tmp_path / name)
+
+    def run(*more):
+        monkeypatch.setattr(sys, "argv", [str(x) for x in ("eval.py", "--model", family / "learner", family / "explorer", "--data",
+                                                           tmp_path / "a.jsonl", tmp_path / "b.jsonl", "--n", 4, "--max-new-tokens", 4,
+                                                           "--mode", "nothink", "--top-k", 5, *more)])
+        try:
+            evaluation.main()
+        except SystemExit as stopped:
+            return stopped.code, capsys.readouterr().err
+        return 0, capsys.readouterr().out
+
+    code, text = run("--out", tmp_path / "straight")
+    assert code == 0 and text.count("as learner and explorer") == 2 and (tmp_path / "straight" / "pass_at_k.png").exists()
+    settings = json.loads((tmp_path / "straight" / "settings.json").read_text())
+    assert [settings[key] for key in ("temperature", "top_p", "top_k", "presence_penalty", "thinking")] == [0.7, 0.8, 5, 1.5, "off"]
+    shutil.copytree(tmp_path / "straight", tmp_path / "stopped")
+    kept = (tmp_path / "straight" / "generations-0-0.jsonl").read_text()
+    assert len(kept.splitlines()) == 40 and len(json.loads(kept.splitlines()[0])["texts"]) == 4
+    (tmp_path / "stopped" / "generations-0-0.jsonl").write_text(kept[:len(kept) * 2 // 3])
+    (tmp_path / "stopped" / "generations-1-1.jsonl").unlink()
+    assert run("--out", tmp_path / "stopped")[0] == 0
+    results = [json.loads((tmp_path / name / "eval.json").read_text())["data"] for name in ("straight", "stopped")]
+    assert results[0] == results[1]
+    code, error = run("--out", tmp_path / "stopped", "--seed", 1)
+    assert code == 2 and "other settings" in error
+
+
+def test_templates(tmp_path):
+    class Echo:
+        chat_template = "yes"
+
+        def __call__(self, text, **more):
+            return SimpleNamespace(input_ids=text)
+
+        def apply_chat_template(self, messages, tokenize, add_generation_prompt, **options):
+            return f"<user>{messages[0]['content']}<assistant>{options}"
+
+    problem = reward.Problem("What is {x}?", "1")
+    ask = lambda *how: sampling.encode_prompt(problem, Echo(), *how)
+    assert ask().endswith("<assistant>{}") and ask(None, "off").endswith("{'enable_thinking': False}") and ask(None, "on").endswith("True}")
+    assert ask("plain").startswith("What is {x}?\nPlease reason")
+    (tmp_path / "template.txt").write_text("Q: {question}\n{instruction}\nA:")
+    assert ask(tmp_path / "template.txt") == f"Q: What is {{x}}?\n{reward.INSTRUCTIONS['math']}\nA:"
+    (tmp_path / "template.txt").write_text("Q:")
+    with pytest.raises(ValueError, match="holds {question}"):
+        ask(tmp_path / "template.txt")
+
+
 def test_eval_and_sample_cli(family, tmp_path):
     out = run_cli("eval.py", "--model", family / "learner", family / "explorer", "--data", family / "heldout.jsonl",
                   "--problems", 20, "--n", 8, "--k", "1,4,8", "--out", tmp_path)
     assert out.returncode == 0, out.stderr
     summary = json.loads((tmp_path / "eval.json").read_text())
-    result = summary["models"][str(family / "learner")]
+    result = summary["data"][str(family / "heldout.jsonl")]["models"][str(family / "learner")]
     assert summary["k"] == [1, 4, 8] and result["pass@k strict"][0] == pytest.approx(np.mean(result["strict"]) / 8) and max(result["strict"]) > 0
     assert (tmp_path / "pass_at_k.png").stat().st_size > 5000 and "crossover" in out.stdout
     out = run_cli("sample.py", "--model", family / "learner", "--prompt", "3+4=", "--n", 3, "--max-new-tokens", 4)
@@ -928,7 +989,8 @@ def test_cli_two_steps_and_what_it_leaves(family, tmp_path):
     out = run_cli("train.py", *flags(family, tmp_path / "run", "--steps", 2, "--eval-every", 1))
     assert out.returncode == 0, out.stderr
     names = {path.name for path in (tmp_path / "run").iterdir()}
-    assert names == {"config.json", "metrics.jsonl", "pass_at_k.json", "rollouts", "checkpoint.pt", "learner", "curve.png"}
+    assert names == {"config.json", "metrics.jsonl", "pass_at_k.json", "rollouts", "checkpoint.pt", "learner", "curve.png",
+                     "first_prompt.txt"}
     lines = read_metrics(tmp_path / "run")
     assert [line["step"] for line in lines] == [0, 1, 2] and all("eval_strict_pass@16" in line for line in lines)
     assert lines[1]["share"] == 1 and lines[1]["rollouts_explorer"] == 16 and lines[2]["rollouts_learner"] == 16

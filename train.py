@@ -33,7 +33,7 @@ from anneal import MIXES, SCHEDULES, explorer_share, observe, sample_groups, spl
 from eval import draw_run, evaluate, pass_at_k, powers_of_two, table
 from grpo import LOSSES, OFF_POLICY, Optimizer, group_advantages, update
 from model import load, save
-from sample import Pool, check_lengths, decode, encode_prompt, mix, pick_device
+from sample import Pool, add_prompt_flags, check_lengths, decode, encode_prompt, mix, pick_device
 
 COMPILE_FROM = 5_000_000  # tokens: where torch.compile has earned its minute on the laptop's models (bench/README.md)
 LEARNER, EXPLORER, MINIBATCH, EVALUATION = range(4)  # what a random stream is for
@@ -100,6 +100,7 @@ def parse_args(argv=None):
     add("--task", choices=reward.TASKS, default="habit", help="the laptop family's task")
     add("--data", help="problems to train on: JSONL with `question` and `answer`")
     add("--eval-data", help="held-out problems in the same layout; with --data and without them nothing is evaluated")
+    add_prompt_flags(add)
     add = parser.add_argument_group("explorer schedule (anneal.py)").add_argument
     explained = lambda choices: "; ".join(f"{name}: {meaning}" for name, meaning in choices.items())
     add("--schedule", choices=SCHEDULES, default="linear", help=explained(SCHEDULES))
@@ -225,8 +226,9 @@ class Run:
         self.learner.compiled = args.compile == "on" or (args.compile == "auto" and tokens >= COMPILE_FROM and device != "mps")
         self.problems = reward.load_problems(args.data)
         self.eval_problems = reward.load_problems(args.eval_data)[:args.eval_problems] if args.eval_data else []
-        self.prompts = [encode_prompt(problem, self.tokenizer) for problem in self.problems]
-        checked = self.prompts + [encode_prompt(problem, self.tokenizer) for problem in self.eval_problems]
+        self.prompts, eval_prompts = ([encode_prompt(problem, self.tokenizer, args.template, args.thinking) for problem in problems]
+                                      for problems in (self.problems, self.eval_problems))
+        checked = self.prompts + eval_prompts
         check_lengths(self.learner, checked, args.max_new_tokens)
         self.reference = copy.deepcopy(self.learner).requires_grad_(False) if args.kl_coef else None  # before any update
         self.optimizer, self.first_step = Optimizer(self.learner, args.lr), 1
@@ -273,8 +275,10 @@ class Run:
             print("explorer  not used")
         print(f"compile   {'on' if self.learner.compiled else 'off'} (--compile {args.compile}: up to {tokens:,} tokens to "
               f"write, on from {COMPILE_FROM:,})")
+        first_prompt = self.tokenizer.decode(self.prompts[0])
+        (self.out / "first_prompt.txt").write_text(first_prompt)
         print(f"problems  {len(self.problems)} to train on, {len(self.eval_problems)} held out; the first prompt:\n"
-              f"          {self.tokenizer.decode(self.prompts[0])!r}")
+              f"          {first_prompt!r}")
 
     def check_stock(self, share):
         """ValueError if the pool has not enough rollouts of some prompt for the steps to come."""
@@ -306,7 +310,8 @@ class Run:
         differ by the model alone. With a name, its strict pass@k curve goes to pass_at_k.json."""
         args = self.args
         result = evaluate(model, self.tokenizer, self.eval_problems, args.eval_n, generator(args.seed, 0, EVALUATION),
-                          args.max_new_tokens, temperature=args.eval_temperature, rows=args.rollout_rows)
+                          args.max_new_tokens, template=args.template, thinking=args.thinking,
+                          temperature=args.eval_temperature, rows=args.rollout_rows)
         if curve_name:
             path, ks = self.out / "pass_at_k.json", powers_of_two(args.eval_n)
             curves = json.loads(path.read_text()) if path.exists() else {"k": ks}

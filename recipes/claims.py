@@ -212,20 +212,18 @@ def rates(task, arm):
 # ---- the comparison of arms ----------------------------------------------------------------------------------------
 
 def compare(name, args):
-    """Runs a claim's arms at the equal rate and at each one's own best (`gain`: at every rate); table, JSON and picture."""
+    """Runs a claim's arms at the equal rate and at each one's own best; table, JSON and picture."""
     arms = CLAIMS[name]
     for task in args.task or (("habit", "natural") if name in BOTH_TASKS else ("habit",)):
         pairs, seeds = pairs_of(task, args), range(args.seeds)
         choices = {which: {arm: rates(task, arm)[i] for arm in arms} for i, which in enumerate(("equal", "best"))}
-        if name == "gain":
-            choices |= {f"{lr:g}": dict.fromkeys(arms, lr) for lr in GRID}
         make_models(task, pairs, members_of(arms), args.workers)
         do([(task, pair, arm, lr, seed) for seed in seeds for pair in pairs for chosen in choices.values()
             for arm, lr in chosen.items()], args.workers, f"{name} on {task}")
         print(f"\n{name} on {task}: {len(pairs)} base pairs x {len(seeds)} seeds, held-out strict pass@k; 95% intervals")
         result = {"task": task, "pairs": pairs, "seeds": len(seeds), "reference": arms[0]}
         for which, chosen in choices.items():
-            title = {"equal": "all at one rate", "best": "each at its own best rate"}.get(which, f"all at {which}")
+            title = {"equal": "all at one rate", "best": "each at its own best rate"}[which]
             found = {arm: numbers(task, pairs, arm, lr, seeds) | {"lr": lr} for arm, lr in chosen.items()}
             result[which] = beside(arms[0], found)
             print(f"\n{title:24}{'rate':>8}{'area@1':>8}{'final@1':>9}{'@16':>7}{'answer@1':>10}"
