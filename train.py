@@ -54,8 +54,8 @@ def batch_of(step, size, count, seed):
 def train(args, run):
     for step in run.steps():                                                                    # for i in 1..T
         share = explorer_share(step, args.mix_steps, args.schedule, args.explorer_share, run.success)    # alpha_i
-        measured = args.schedule == "measured"  # needs a rollout of the learner to measure
-        n_explorer, n_learner = split_group(share, args.group_size, at_least=int(measured))     # G_w, G_s
+        at_least = int(args.schedule == "measured")  # to be measured, the learner must write
+        n_explorer, n_learner = split_group(share, args.group_size, at_least)                   # G_w, G_s
         batch = batch_of(step, args.prompts_per_step, len(run.problems), args.seed)
         updates = [(n_explorer, n_learner)] if args.mix == "joint" else [(n_explorer, 0), (0, n_learner)]
         # --mix separate may leave a group of one, which has nothing to be compared with.
