@@ -18,10 +18,12 @@ T_mix is a guess at how long that takes. Two schedules that are not the paper's 
 """
 import argparse
 import math
+from dataclasses import dataclass
 
 import numpy as np
 
-from sample import mix, sample
+from model import Transformer
+from sample import mix, retokenize, sample
 
 SCHEDULES = {
     "linear": "the paper's equation: from 1 at step 1 to 0 at step mix-steps",
@@ -74,15 +76,28 @@ def split_group(share, group_size, at_least=0):
     return explorer, group_size - explorer
 
 
+@dataclass
+class Explorer:
+    model: Transformer
+    tokenizer: object
+    prompts: dict | None  # {learner's prompt: its own} where its tokeniser is another (--retokenize)
+
+
 def sample_groups(args, run, prompts, n_explorer, n_learner, explorer_random, learner_random, failed):
     """Rollouts [P, G], one group for each of P prompts: n_explorer rollouts by the explorers, who share them out evenly, or
     from their pool, and n_learner by the learner. For the schedule "rescue" `failed(rollouts)` tells the groups [P] in
     which nothing is right."""
     def by_explorers(prompts, n):                                                               # sample(pi_omega, G_w)
         counts = [(n + i) // len(run.explorers) for i in range(len(run.explorers))]
-        return [sample(explorer, prompts, count, explorer_random, args.max_new_tokens, args.explorer_temperature,
-                       top_p=args.explorer_top_p, rows=args.rollout_rows, from_explorer=True)
-                for explorer, count in zip(run.explorers, counts) if count]
+        return [by_explorer(explorer, prompts, count) for explorer, count in zip(run.explorers, counts) if count]
+
+    def by_explorer(explorer, prompts, n):
+        own = [explorer.prompts[tuple(prompt)] for prompt in prompts] if explorer.prompts else prompts
+        rollouts = sample(explorer.model, own, n, explorer_random, args.max_new_tokens, args.explorer_temperature,
+                          top_p=args.explorer_top_p, rows=args.rollout_rows, from_explorer=True)
+        if not explorer.prompts:
+            return rollouts
+        return retokenize(rollouts, explorer.tokenizer, run.tokenizer, run.stop_id, args.max_new_tokens)
 
     def by_learner(prompts, n):                                                                 # sample(pi_theta, G_s)
         return [sample(run.learner, prompts, n, learner_random, args.max_new_tokens, args.temperature,

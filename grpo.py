@@ -138,6 +138,17 @@ def response_logprobs(model, prompts, ids, mask, temperature=1.0):
     return blank.masked_scatter(mask, logps), blank.masked_scatter(mask, entropies)
 
 
+def micro_batches(lengths, tokens):
+    """Slices of consecutive rows of these lengths that hold at most so many tokens, padding counted, and a row at least."""
+    slices, start, longest = [], 0, 0
+    for row, length in enumerate(lengths):
+        longest = max(longest, length)
+        if row > start and (row + 1 - start) * longest > tokens:
+            slices.append(slice(start, row))
+            start, longest = row, length
+    return [*slices, slice(start, len(lengths))]
+
+
 def update(args, learner, reference, optimizer, prompts, rollouts, advantages, generator):
     """One GRPO update of `args.minibatches` optimiser steps on a step's rollouts (P prompts, class Rollouts) with
     advantages [P, G]. `reference` is the KL's frozen policy or None. Returns the metrics of README's glossary."""
@@ -145,13 +156,15 @@ def update(args, learner, reference, optimizer, prompts, rollouts, advantages, g
     ids, mask, sampler_logps, from_explorer, A = (x.flatten(0, 1) for x in (  # [P, G, ...] -> [N, ...]
         rollouts.ids, rollouts.mask, rollouts.logps, rollouts.from_explorer, advantages))
     row_prompts, device = [prompt for prompt in prompts for _ in range(G)], ids.device
+    sizes = [len(prompt) + n for prompt, n in zip(row_prompts, mask.sum(1).tolist())]  # prompt and response
 
     def logprobs(model, rows):
         return response_logprobs(model, [row_prompts[i] for i in rows.tolist()], ids[rows], mask[rows], args.temperature)
 
     @torch.no_grad()
     def frozen_logprobs(model):
-        return torch.cat([logprobs(model, rows)[0] for rows in torch.arange(P * G, device=device).split(args.micro_batch)])
+        rows = torch.arange(P * G, device=device)
+        return torch.cat([logprobs(model, rows[part])[0] for part in micro_batches(sizes, args.micro_batch_tokens)])
 
     # pi_old [N, T] is held fixed while theta moves, or nothing would ever clip. Before a single update it does not move,
     # and the update's own forward pass gives the same numbers.
@@ -162,7 +175,8 @@ def update(args, learner, reference, optimizer, prompts, rollouts, advantages, g
     for groups in torch.randperm(P, generator=generator).to(device).tensor_split(args.minibatches):
         minibatch = (groups[:, None] * G + torch.arange(G, device=device)).flatten()  # whole groups: [P/m, G] -> [rows]
         all_weights = token_weights(mask[minibatch], args.loss, args.max_new_tokens)
-        for rows, weights in zip(minibatch.split(args.micro_batch), all_weights.split(args.micro_batch)):
+        for part in micro_batches([sizes[row] for row in minibatch.tolist()], args.micro_batch_tokens):
+            rows, weights = minibatch[part], all_weights[part]
             logps, entropies = logprobs(learner, rows)
             before = logps.detach() if learner_logps is None else learner_logps[rows]
             old_logps, importance = off_policy_correction(args.off_policy, before, sampler_logps[rows], from_explorer[rows],
@@ -189,14 +203,26 @@ def update(args, learner, reference, optimizer, prompts, rollouts, advantages, g
     return metrics
 
 
+def round_in_turn(x, step):
+    """float32 -> bfloat16, its upper half: up where the lower half reaches a threshold that walks evenly through its range."""
+    threshold = int(step * 0.6180339887 % 1 * 2 ** 16)  # the golden ratio's multiples fill the unit interval evenly
+    return ((x.view(torch.int32) + threshold) & -2 ** 16).view(torch.float32).bfloat16()  # the sum carries over, or not
+
+
 class Optimizer:
     """AdamW in float32 for weights of any dtype: bfloat16 rounds a relative change below 1/256 away, and at learning
-    rates of 1e-6 there are hardly any others. Float32 weights are their own masters; others get a float32 copy."""
+    rates of 1e-6 there are hardly any others. Float32 weights are their own masters; others get a float32 copy.
 
-    def __init__(self, model, lr):
-        self.weights = list(model.parameters())
+    `dtype`: that of the two moments, which are as large as the masters each, between updates. AdamW moves the second by a
+    thousandth at a time, and bfloat16 would round that away: `round_in_turn` is right on average."""
+
+    def __init__(self, model, lr, dtype=torch.float32):
+        self.weights = [w for w in model.parameters() if w.requires_grad]
         self.masters = [w if w.dtype == torch.float32 else w.detach().float() for w in self.weights]
-        self.adamw = torch.optim.AdamW(self.masters, lr=lr, weight_decay=0.0, fused=self.weights[0].device.type != "mps")
+        self.dtype, fused = dtype, self.weights[0].device.type != "mps"
+        # With rounded moments one optimiser for each weight, so that only one weight's are ever wide.
+        sets = [self.masters] if dtype == torch.float32 else [[master] for master in self.masters]
+        self.adamw = [torch.optim.AdamW(masters, lr=lr, weight_decay=0.0, fused=fused) for masters in sets]
 
     def accumulate(self):
         """Moves the weights' gradients of one micro-batch to their masters, where they are summed in float32."""
@@ -209,11 +235,20 @@ class Optimizer:
         """One update from the accumulated gradients, which it clears. Returns the gradient's norm before it is scaled
         down to max_norm; where that is not finite, nothing is updated."""
         norm = torch.nn.utils.clip_grad_norm_(self.masters, max_norm).item()
-        if np.isfinite(norm):
-            self.adamw.step()
-            self.copy_masters()
-        self.adamw.zero_grad()
+        for adamw in self.adamw:
+            if np.isfinite(norm):
+                self.cast_moments(adamw, torch.float32)
+                adamw.step()
+                self.cast_moments(adamw, self.dtype)
+            adamw.zero_grad()
+        self.copy_masters()
         return norm
+
+    def cast_moments(self, adamw, dtype):
+        for state in adamw.state.values():
+            for name in ("exp_avg", "exp_avg_sq"):
+                x = state[name]
+                state[name] = x.float() if dtype == torch.float32 else round_in_turn(x, state["step"].item())
 
     @torch.no_grad()
     def copy_masters(self):
@@ -222,11 +257,13 @@ class Optimizer:
                 weight.copy_(master)
 
     def state(self):
-        return {"masters": self.masters, "adamw": self.adamw.state_dict()}
+        return {"masters": self.masters, "adamw": [adamw.state_dict() for adamw in self.adamw]}
 
     @torch.no_grad()
     def restore(self, state):
         for master, saved in zip(self.masters, state["masters"]):
             master.copy_(saved)
-        self.adamw.load_state_dict(state["adamw"])
+        for adamw, saved in zip(self.adamw, state["adamw"]):
+            adamw.load_state_dict(saved)
+            self.cast_moments(adamw, self.dtype)  # which AdamW widens, exactly
         self.copy_masters()

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
@@ -107,13 +108,52 @@ def rotate(x, cos, sin, dim=-1):
     return x * cos + x.roll(x.shape[dim] // 2, dim) * sin
 
 
+class Linear(nn.Linear):
+    """y = W x (+ b), and where it has an adapter + (32/r) B A x: LoRA (Hu et al., 2021). W [out, in] is frozen then, A [r, in]
+    and B [out, r] are trained. B begins as 0, so the policy begins as it was. 32/r: the best learning rate hardly depends on
+    r that way, and is about ten times that of training W."""
+    ALPHA = 32
+
+    def __init__(self, *sizes, **options):
+        super().__init__(*sizes, **options)
+        self.register_parameter("A", None)
+        self.register_parameter("B", None)
+
+    def forward(self, x):
+        """[..., in] -> [..., out]"""
+        y = super().forward(x)
+        return y if self.A is None else y + (self.ALPHA / len(self.A)) * (x @ self.A.T @ self.B.T)
+
+    def columns(self, x):
+        """The same for inputs that stand as columns, as in decoding: [in, R] -> [out, R]."""
+        y = self.weight @ x if self.bias is None else self.weight @ x + self.bias[:, None]
+        return y if self.A is None else y + (self.ALPHA / len(self.A)) * (self.B @ (self.A @ x))
+
+
+def add_lora(model, rank, generator):
+    """Freezes the model and gives the matrices of its layers adapters to train. q, k and v share an A, as do gate and up."""
+    model.requires_grad_(False)
+    for linear in (module for module in model.layers.modules() if isinstance(module, Linear)):
+        A = torch.randn(rank, linear.in_features, generator=generator) / math.sqrt(linear.in_features)
+        linear.A = nn.Parameter(A.to(linear.weight))
+        linear.B = nn.Parameter(linear.weight.new_zeros(linear.out_features, rank))
+
+
+@torch.no_grad()
+def merge_lora(model):
+    """Adds the adapters to the matrices they adapt, and removes them."""
+    for linear in (module for module in model.layers.modules() if isinstance(module, Linear) and module.A is not None):
+        linear.weight.copy_(linear.weight.float() + (linear.ALPHA / len(linear.A)) * (linear.B.float() @ linear.A.float()))
+        linear.A = linear.B = None
+
+
 class Attention(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
         self.heads = [c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads]  # of q, k and v
         self.head_dim = c.head_dim
-        self.qkv_proj = nn.Linear(c.hidden_size, sum(self.heads) * c.head_dim, bias=c.qkv_bias)
-        self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
+        self.qkv_proj = Linear(c.hidden_size, sum(self.heads) * c.head_dim, bias=c.qkv_bias)
+        self.o_proj = Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
         self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
 
@@ -130,8 +170,8 @@ class Attention(nn.Module):
 class SwiGLU(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
-        self.gate_up_proj = nn.Linear(c.hidden_size, 2 * c.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
+        self.gate_up_proj = Linear(c.hidden_size, 2 * c.intermediate_size, bias=False)
+        self.down_proj = Linear(c.intermediate_size, c.hidden_size, bias=False)
 
     def forward(self, x):
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)  # [B, T, D] -> 2 x [B, T, I]
@@ -163,6 +203,7 @@ class Transformer(nn.Module):
         self.num_tokens = config.vocab_size  # load() lowers it to the tokeniser's size
         self.stop_ids = ()
         self.compiled = False  # whether decode_step and the log-prob kernel go through torch.compile: train.py --compile
+        self.checkpoint_layers = False  # whether a layer's activations are computed again in the backward pass, not kept
 
     @property
     def head(self):
@@ -177,7 +218,8 @@ class Transformer(nn.Module):
         x = self.embed_tokens(ids)
         cos, sin = rotary(torch.arange(ids.shape[1], device=ids.device), self.config, x.dtype)  # [T, h] each
         for layer, kv in zip(self.layers, kv_layers or [None] * len(self.layers)):
-            x = layer(x, cos, sin, kv)
+            recompute = self.checkpoint_layers and torch.is_grad_enabled()
+            x = checkpoint(layer, x, cos, sin, use_reentrant=False) if recompute else layer(x, cos, sin, kv)
         return self.norm(x)
 
 
@@ -256,14 +298,15 @@ class _FusedLogProb(torch.autograd.Function):
         temperature, chunk, compile = ctx.settings
         chunk_grad_ = compiled(_chunk_grad_) if compile else _chunk_grad_
         d_hidden = torch.zeros_like(hidden, dtype=torch.float32)  # summed over chunks, so kept in fp32
-        d_weight = torch.empty_like(weight)
+        d_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None  # not with LoRA
         buffer = hidden.new_empty(hidden.shape[0], chunk)
         for start in range(0, weight.shape[0], chunk):
             w = weight[start:start + chunk]
             dz = torch.mm(hidden, w.T, out=buffer[:, :len(w)])
             chunk_grad_(dz, targets - start, 1 / temperature, lse, grad)  # [N, C]
             d_hidden += dz @ w  # [N, C] @ [C, D] -> [N, D]
-            torch.mm(dz.T, hidden, out=d_weight[start:start + chunk])  # [C, N] @ [N, D] -> [C, D]
+            if d_weight is not None:
+                torch.mm(dz.T, hidden, out=d_weight[start:start + chunk])  # [C, N] @ [N, D] -> [C, D]
         return d_hidden.to(hidden.dtype), d_weight, None, None, None, None
 
 
@@ -406,7 +449,9 @@ def load(source, device="cpu", dtype=torch.float32):
 
 
 def save(model, tokenizer, directory):
-    """Writes config.json, model.safetensors and the tokeniser as transformers' `from_pretrained` reads them."""
+    """Writes config.json, model.safetensors and the tokeniser as transformers' `from_pretrained` reads them. Adapters are
+    merged first, for good."""
+    merge_lora(model)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     dtype = str(model.norm.weight.dtype).removeprefix("torch.")

@@ -132,9 +132,7 @@ def decode_step(model, tokens, cache, used):
     mask = torch.zeros(visible.shape, dtype=x.dtype, device=x.device).masked_fill(~visible, -torch.inf)[:, None]
     for layer, kv in zip(model.layers, cache.layers):
         attn, mlp = layer.self_attn, layer.mlp
-        qkv = attn.qkv_proj.weight @ norm(x, layer.input_layernorm)  # [(H+2K)*h, D] @ [D, R]
-        if c.qkv_bias:
-            qkv = qkv + attn.qkv_proj.bias[:, None]
+        qkv = attn.qkv_proj.columns(norm(x, layer.input_layernorm))  # [(H+2K)*h, D] @ [D, R]
         qk, v = qkv.view(H + 2 * K, h, R).split([H + K, K])
         if c.qk_norm:
             weight = torch.cat([attn.q_norm.weight.expand(H, h), attn.k_norm.weight.expand(K, h)])
@@ -147,9 +145,9 @@ def decode_step(model, tokens, cache, used):
             y = torch.baddbmm(mask, q, keys.transpose(1, 2), alpha=h ** -0.5).softmax(-1) @ values
         else:
             y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
-        x = x + attn.o_proj.weight @ y.reshape(R, H * h).T
-        gate, up = (mlp.gate_up_proj.weight @ norm(x, layer.post_attention_layernorm)).chunk(2)  # [I, R] each
-        x = x + mlp.down_proj.weight @ (F.silu(gate) * up)
+        x = x + attn.o_proj.columns(y.reshape(R, H * h).T)
+        gate, up = mlp.gate_up_proj.columns(norm(x, layer.post_attention_layernorm)).chunk(2)  # [I, R] each
+        x = x + mlp.down_proj.columns(F.silu(gate) * up)
     return (model.head @ norm(x, model.norm)).T.float().contiguous()  # [V, D] @ [D, R] -> [R, V]
 
 
@@ -212,6 +210,25 @@ def sample(model, prompts, n, generator, max_new_tokens, temperature=1.0, top_k=
             seen[active, token] = True
     ids, lengths, logps, finished = (x.unflatten(0, (P, G)) for x in (ids[:, :T], lengths, logps[:, :T], finished))
     return Rollouts(ids, lengths, logps, finished, torch.full_like(finished, from_explorer))
+
+
+def retokenize(rollouts, theirs, ours, stop_id, max_new_tokens):
+    """The same texts in our tokeniser's tokens, for an explorer that has another: log-probs are recomputed by the learner
+    anyhow. What was finished ends with our stop token; what has become longer than max_new_tokens is cut. A rollout keeps
+    its explorer's log-prob as a whole, spread evenly over its new tokens: enough for weights of whole rollouts."""
+    P, G, _ = rollouts.ids.shape
+    texts = sum(decode(rollouts, theirs), [])
+    # Model text is data: `<|im_end|>` spelled out by an explorer must not become our stop token.
+    rows = [ours(text, add_special_tokens=False, split_special_tokens=True).input_ids for text in texts]
+    rows = [ids + [stop_id] if done or not ids else ids for ids, done in zip(rows, rollouts.finished.flatten().tolist())]
+    cut = torch.tensor([len(ids) > max_new_tokens for ids in rows], device=rollouts.ids.device)
+    rows = [rollouts.ids.new_tensor(ids[:max_new_tokens]) for ids in rows]
+    lengths = torch.tensor([len(ids) for ids in rows], device=cut.device)
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).unflatten(0, (P, G))  # [P, G, T]
+    translated = Rollouts(ids, lengths.view(P, G), torch.zeros(ids.shape, device=cut.device),
+                          rollouts.finished & ~cut.view(P, G), rollouts.from_explorer)
+    translated.logps = translated.mask * (rollouts.logps.sum(-1) / translated.lengths)[..., None]
+    return translated
 
 
 class Pool:
@@ -306,7 +323,8 @@ def encode_prompt(problem, tokenizer, template=None, thinking=None):
     if template == "plain" or not tokenizer.chat_template:
         return tokenizer(text + "\n").input_ids
     options = {} if thinking is None else {"enable_thinking": thinking == "on"}
-    text = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True, **options)
+    message = [{"role": "user", "content": text}]
+    text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True, **options)
     return tokenizer(text, add_special_tokens=False).input_ids
 
 

@@ -5,6 +5,7 @@
 "Trap n" names a way small GRPO code goes wrong without crashing; its test fails if that bug is put back. Nothing is
 downloaded: models are tiny and random, or pretrained for a second by recipes/family.py.
 """
+import copy
 import gc
 import itertools
 import json
@@ -167,6 +168,57 @@ def test_masked_cache_slots_do_no_harm(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *shape: self.new_full(shape, torch.nan))
     r = sampling.sample(tiny_model(scale=0.2), [[5, 6], [7, 8, 9, 10, 11, 3, 2]], 4, seeded(), 8)
     assert torch.isfinite(r.logps).all()
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "qwen2"])
+def test_lora_trains_adapters_alone_and_is_merged_on_save(kind, tmp_path):
+    model, tokenizer = models.load(hf_pair(kind, tmp_path / "base")[1])
+    before, base = {name: w.clone() for name, w in model.state_dict().items()}, model
+    prompts, settings = [[5, 6], [7, 8, 9]], dict(n=4, max_new_tokens=12)
+    plain = sampling.sample(model, prompts, generator=seeded(), **settings)
+    reference = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    models.add_lora(model, 3, seeded())
+    assert torch.equal(sampling.sample(model, prompts, generator=seeded(), **settings).logps, plain.logps)  # B is 0
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert len(trained) == 2 * 2 * 4 and all(name.endswith((".A", ".B")) for name in trained)
+    optimizer, args = grpo.Optimizer(model, 1e-2), training.parse_args(["--max-new-tokens", "12", "--kl-coef", "0.1"])
+    for seed in range(3):
+        rollouts = sampling.sample(model, prompts, generator=seeded(seed), **settings)
+        # the sampler and the trainer both see the adapters
+        assert torch.allclose(recomputed(model, prompts, rollouts)[0], rollouts.logps, atol=1e-4)
+        metrics = grpo.update(args, model, reference, optimizer, prompts, rollouts, torch.randn(2, 4, generator=seeded(seed)), seeded())
+    assert metrics["kl"] > 1e-4  # the learner has moved, its reference has not
+    assert torch.allclose(recomputed(reference, prompts, plain)[0], plain.logps, atol=1e-4)
+    assert all(torch.equal(w, before[name]) for name, w in reference.state_dict().items())
+    assert {p.data_ptr() for p in reference.parameters()} <= {p.data_ptr() for p in base.parameters()}  # at no memory
+    expected = recomputed(model, prompts, plain)[0]
+    assert (expected - plain.logps).abs().max() > 1e-2
+    models.save(model, tokenizer, tmp_path / "merged")
+    merged, _ = models.load(tmp_path / "merged")
+    assert torch.allclose(recomputed(merged, prompts, plain)[0], expected, atol=1e-4)
+
+
+def test_lora_leaves_the_output_matrix_without_a_gradient():
+    h, w, targets, upstream = fused_case(torch.float32)
+    expected = torch.autograd.grad(models.fused_logprobs(h, w, targets)[0], h, upstream)[0]
+    assert torch.equal(torch.autograd.grad(models.fused_logprobs(h, w.detach(), targets)[0], h, upstream)[0], expected)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_checkpointed_layers_keep_less_and_give_the_same_gradient(rank):
+    gradients, kept = [], []
+    for on in (False, True):
+        model, count = tiny_model(scale=0.2, num_hidden_layers=6), []
+        if rank:
+            models.add_lora(model, rank, seeded())
+            [nn_linear.B.data.normal_(0, 0.1, generator=seeded(1)) for nn_linear in model.modules() if isinstance(nn_linear, models.Linear)]
+        model.checkpoint_layers = on
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: count.append(x.numel()) or x, lambda x: x):
+            hidden = model(torch.randint(1, 20, (4, 30), generator=seeded()))
+        hidden.square().sum().backward()
+        kept.append(sum(count))
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert torch.allclose(*gradients, rtol=1e-4, atol=1e-6) and gradients[0].norm() > 1 and kept[1] < kept[0] / 3
 
 
 def test_sharded_checkpoint_loads(tmp_path):
@@ -1016,7 +1068,8 @@ def test_a_family_is_made_whole_and_its_problems_are_apart(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["habit"]
 
 
-@pytest.mark.parametrize("more", [(), ("--dtype", "bfloat16", "--kl-coef", 0.1, "--lr", 1e-2),
+@pytest.mark.parametrize("more", [(), ("--dtype", "bfloat16", "--kl-coef", 0.1, "--lr", 1e-2), ("--lora-rank", 2, "--kl-coef", 0.1,
+                                  "--lr", 1e-2, "--optimizer-dtype", "bfloat16", "--checkpoint-layers"),
                                   ("--schedule", "measured"), ("--mix", "separate", "--mix-steps", 4)])
 def test_trap_24_resume_equals_never_having_stopped(more, family, tmp_path):
     shutil.copytree(family / "explorer", tmp_path / "explorer")  # an explorer with a stop token of its own
@@ -1144,11 +1197,20 @@ def test_trap_11_update_equals_the_plain_loss_in_micro_batches_of_any_size():
         plain_loss(args, learner, reference, prompts, rollouts, A).backward()
         expected = torch.cat([p.grad.flatten() for p in learner.parameters()])
         learner.zero_grad()
-        for args.micro_batch in (1, 3, 16):
+        for args.micro_batch_tokens in (1, 40, 10_000):
             capture = Capture(learner)
             metrics = grpo.update(args, learner, reference, capture, prompts, rollouts, A, seeded())
             assert expected.norm() > 1e-3 and (capture.gradient - expected).norm() < 1e-4 * expected.norm()
         assert metrics["kl"] != 0 and (metrics["clip_fraction_explorer"] > 0) == (args.off_policy == "behaviour")
+
+
+def test_micro_batches_hold_every_row_once_and_no_more_tokens_than_they_may():
+    lengths = np.random.default_rng(0).integers(1, 50, 200).tolist()
+    for tokens in (1, 60, 300, 10 ** 6):
+        parts = [lengths[part] for part in grpo.micro_batches(lengths, tokens)]
+        assert sum(parts, []) == lengths and all(len(part) == 1 or len(part) * max(part) <= tokens for part in parts)
+        for part, following in zip(parts, parts[1:]):  # and none could have taken the next row too
+            assert (len(part) + 1) * max(*part, following[0]) > tokens
 
 
 @pytest.mark.parametrize("P, minibatches", [(16, 9), (5, 4), (4, 1)])
@@ -1167,7 +1229,7 @@ def test_compile_auto_goes_by_the_length_of_the_run(more, compiled, family, tmp_
     args = training.parse_args([str(flag) for flag in flags(family, tmp_path / "run", *more)])
     training.resolve_args(args)
     run = training.Run(args)
-    assert run.learner.compiled == run.explorers[0].compiled == compiled
+    assert run.learner.compiled == run.explorers[0].model.compiled == compiled
     assert f"compile   {'on' if compiled else 'off'}" in capsys.readouterr().out
 
 
@@ -1419,6 +1481,29 @@ def test_bfloat16_gradients_of_micro_batches_are_summed_in_float32(family):
     assert all((master.grad == 300).all() for master in optimizer.masters)
 
 
+def test_bfloat16_moments_take_half_the_memory_and_are_right_on_average():
+    """Steady gradients of .001: the second moment grows by less than bfloat16 can tell from nothing once it is near its
+    end, 1e-6, so rounded to nearest it would stop at about half of that."""
+    steps, optimizers = 2_000, []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = torch.nn.Linear(8, 8)
+        optimizers.append(grpo.Optimizer(model, lr=1e-5, dtype=dtype))
+        noise = seeded()
+        for _ in range(steps):
+            for p in model.parameters():
+                p.grad = 1e-3 * (1 + 0.1 * torch.randn(p.shape, generator=noise))
+            optimizers[-1].step(1e9)
+    wide, narrow = ({name: torch.cat([state[name].flatten() for adamw in optimizer.adamw for state in adamw.state.values()])
+                     for name in ("exp_avg", "exp_avg_sq")} for optimizer in optimizers)
+    nearest = torch.zeros(())
+    for _ in range(steps):
+        nearest = (nearest.float() * 0.999 + 1e-9).bfloat16()
+    assert nearest < 0.6e-6 < 0.8 * wide["exp_avg_sq"].min()
+    for name in wide:
+        assert narrow[name].dtype == torch.bfloat16
+        assert (narrow[name].float() / wide[name] - 1).abs().max() < 0.1 and abs((narrow[name].float() / wide[name]).mean() - 1) < 0.01
+
+
 def test_a_gradient_that_is_not_finite_skips_the_update(family):
     model, _ = models.load(family / "learner")
     optimizer, before = grpo.Optimizer(model, lr=1e-3), model.norm.weight.clone()
@@ -1431,6 +1516,60 @@ def test_a_gradient_that_is_not_finite_skips_the_update(family):
 def test_every_problem_comes_once_before_any_comes_again():
     order = [i for step in range(1, 11) for i in training.batch_of(step, 4, 10, seed=0)]
     assert all(sorted(order[epoch * 10:epoch * 10 + 10]) == list(range(10)) for epoch in range(4)) and order[:10] != order[10:20]
+
+
+def other_tokenizer(directory):
+    """A byte-level BPE of many-character tokens, in which a family's characters have other ids."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+    from tokenizers import models as kinds
+    from transformers import PreTrainedTokenizerFast
+    bpe = Tokenizer(kinds.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), decoders.ByteLevel()
+    bpe.train_from_iterator([f"{a}+{b}={a + b}" for a in range(40) for b in range(40)], trainers.BpeTrainer(
+        vocab_size=350, special_tokens=["<pad>", "<end>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<end>").save_pretrained(directory)
+    return directory
+
+
+def test_retokenized_rollouts_keep_text_end_and_log_prob(family, tmp_path):
+    from transformers import AutoTokenizer
+    explorer, theirs = models.load(family / "explorer")
+    ours = AutoTokenizer.from_pretrained(other_tokenizer(tmp_path))
+    r = sampling.sample(explorer, [theirs("3+4=").input_ids, theirs("9+0=").input_ids], 20, seeded(), 3, 1.5, from_explorer=True)
+    new = sampling.retokenize(r, theirs, ours, ours.eos_token_id, 3)
+    assert 0 < r.finished.float().mean() < 1 and not torch.equal(new.ids, r.ids)
+    assert sampling.decode(new, ours) == sampling.decode(r, theirs) and torch.equal(new.finished, r.finished)
+    assert torch.allclose(new.logps.sum(-1), r.logps.sum(-1), atol=1e-5) and not new.logps[~new.mask].any()
+    last = new.ids.gather(2, new.lengths[..., None] - 1)[..., 0]
+    assert torch.equal(last == ours.eos_token_id, new.finished) and new.from_explorer.all()
+    cut = sampling.retokenize(r, theirs, ours, ours.eos_token_id, 1)
+    assert cut.lengths.max() == 1 and torch.equal(cut.finished, r.finished & (new.lengths == 1))
+
+
+def test_retokenize_takes_spelled_out_special_tokens_as_text(tmp_path):
+    from transformers import AutoTokenizer
+    ours = AutoTokenizer.from_pretrained(other_tokenizer(tmp_path))
+    theirs = SimpleNamespace(decode=lambda ids, skip_special_tokens: "1+1=<end>2")
+    one = torch.ones(1, 1, dtype=torch.long)
+    r = sampling.Rollouts(one[..., None], one, torch.zeros(1, 1, 1), one == 1, one == 1)
+    new = sampling.retokenize(r, theirs, ours, ours.eos_token_id, 50)
+    assert new.ids[0, 0, :-1].ne(ours.eos_token_id).all() and ours.decode(new.ids[0, 0, :-1]) == "1+1=<end>2"
+
+
+def test_a_learner_learns_from_an_explorer_with_another_tokenizer(family, tmp_path):
+    from transformers import AutoTokenizer
+    learner = tiny_model(vocab_size=400, scale=0.1)
+    models.save(learner, AutoTokenizer.from_pretrained(other_tokenizer(tmp_path / "t")), tmp_path / "learner")
+    more = ("--learner", tmp_path / "learner", "--schedule", "constant", "--explorer-share", "1", "--lr", "1e-2", "--steps", "80",
+            "--group-size", "16", "--eval-every", "0", "--eval-data", family / "train.jsonl", "--eval-problems", "20")
+    out = run_cli("train.py", *flags(family, tmp_path / "run", *more))
+    assert out.returncode == 2 and "--retokenize" in out.stderr and out.stderr.count("\n") == 1
+    run, lines = train_here(family, tmp_path / "run", *more, "--retokenize", "--off-policy", "positive")
+    before, explorer, after = (json.loads((tmp_path / "run" / "pass_at_k.json").read_text())[name][0] for name in
+                               ("learner before", "explorer", "learner after"))
+    assert before < 0.02 < 0.05 < explorer and after > 0.1  # from nothing but texts of the explorer
+    with pytest.raises(ValueError, match="which --retokenize has not"):
+        train_here(family, tmp_path / "refused", *more, "--retokenize", "--off-policy", "truncated")
 
 
 def test_trap_27_other_tokenizers_are_refused(family, tmp_path):

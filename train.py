@@ -3,7 +3,7 @@
     python train.py                       the laptop run: makes its two models the first time, then trains
     python train.py --explorer none       the same without an explorer: plain GRPO
     python train.py --learner Qwen/Qwen3-1.7B-Base --explorer Qwen/Qwen3-0.6B-Base --data gsm8k_train.jsonl \\
-        --max-new-tokens 512 --micro-batch 4 --lr 1e-6 --dtype bfloat16
+        --max-new-tokens 512 --micro-batch-tokens 4096 --lr 1e-6 --dtype bfloat16
 
 `train` is the paper's Algorithm 1, line for line; `Run` loads what it needs and keeps the books. Defaults that are not the
 paper's: batch and learning rate (a laptop's), the explorer's sampling (temperature 1 without nucleus; the paper: 0.7 and
@@ -29,14 +29,14 @@ import torch
 from tqdm import tqdm
 
 import reward
-from anneal import MIXES, SCHEDULES, explorer_share, observe, sample_groups, split_group
+from anneal import MIXES, SCHEDULES, Explorer, explorer_share, observe, sample_groups, split_group
 from eval import draw_run, evaluate, pass_at_k, powers_of_two, table
 from grpo import LOSSES, OFF_POLICY, Optimizer, group_advantages, update
-from model import load, save
+from model import add_lora, load, save
 from sample import Pool, add_prompt_flags, check_lengths, decode, encode_prompt, mix, pick_device
 
 COMPILE_FROM = 5_000_000  # tokens: where torch.compile has earned its minute on the laptop's models (bench/README.md)
-LEARNER, EXPLORER, MINIBATCH, EVALUATION = range(4)  # what a random stream is for
+LEARNER, EXPLORER, MINIBATCH, EVALUATION, ADAPTER = range(5)  # what a random stream is for
 
 
 def generator(seed, step, purpose):
@@ -94,7 +94,9 @@ def parse_args(argv=None):
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument_group("models and problems (the laptop family's where --learner is not given)").add_argument
     add("--learner", help="model to train: a directory or a Hugging Face hub name")
+    add("--lora-rank", type=int, default=0, help="train adapters of this rank (model.py Linear) in place of all weights; 0: off")
     add("--explorer", nargs="+", help="frozen model that helps to explore, or `none` for plain GRPO; several share the work")
+    add("--retokenize", action="store_true", help="take an explorer with another tokeniser: its texts are tokenised anew")
     add("--explorer-pool", nargs="+", help="the explorer's rollouts on disk (sample.py --data --out), in place of the explorer; "
         "with --explorer too, it makes up what is missing")
     add("--task", choices=reward.TASKS, default="habit", help="the laptop family's task")
@@ -121,7 +123,11 @@ def parse_args(argv=None):
     add("--lr", type=float, default=2e-4, help="AdamW's learning rate, constant; 1e-6 for billions of parameters")
     add("--minibatches", type=int, default=2, help="optimiser steps per training step; with 1 the clip acts on nothing but "
         "--off-policy behaviour")
-    add("--micro-batch", type=int, default=256, help="rows per forward pass: lower it to save memory; the loss is the same")
+    add("--micro-batch-tokens", type=int, default=8192, help="tokens per forward and backward pass, prompts and padding counted: "
+        "lower it to save memory; the loss is the same")
+    add("--checkpoint-layers", action="store_true", help="keep a layer's input only and compute the rest again in the backward "
+        "pass: a third more time for far less memory")
+    add("--optimizer-dtype", choices=("float32", "bfloat16"), default="float32", help="of AdamW's two moments")
     add("--loss", choices=LOSSES, default="grpo", help="how tokens are weighted; gspo: one ratio per sequence; dr_grpo: "
         "advantages not divided by std")
     add("--clip-low", type=float, default=0.2, help="ratios are clipped below at 1 - this")
@@ -167,15 +173,17 @@ def resolve_args(args):
              "--schedule rescue needs an --explorer-share that leaves both a part of the group"),
             (args.mix == "separate" and (args.schedule in ("measured", "rescue") or args.group_size < 3),
              "--mix separate has groups of one source: no --schedule measured or rescue, and --group-size at least 3"),
+            (args.retokenize and args.off_policy in ("behaviour", "truncated"),
+             f"--off-policy {args.off_policy} needs the explorer's log-prob of every token, which --retokenize has not"),
             (args.eval_temperature < 0, "--eval-temperature must be at least 0"),
             (min(args.temperature, args.explorer_temperature) <= 0,
              "--temperature and --explorer-temperature must be above 0: greedy rollouts of a group are all the same"),
             (not (0 < args.top_p <= 1 and 0 < args.explorer_top_p <= 1), "--top-p and --explorer-top-p must lie in (0, 1]"),
-            (args.seed < 0, "--seed must be at least 0"),
+            (args.seed < 0, "--seed must be at least 0"), (args.lora_rank < 0, "--lora-rank must be at least 0"),
             (args.resume and not args.out, "--resume needs --out: the directory of the run to continue")):
         if wrong:
             raise ValueError(message)
-    for flag in ("steps", "mix_steps", "prompts_per_step", "max_new_tokens", "micro_batch", "rollout_rows",
+    for flag in ("steps", "mix_steps", "prompts_per_step", "max_new_tokens", "micro_batch_tokens", "rollout_rows",
                  "eval_problems", "eval_n"):
         if getattr(args, flag) < 1:
             raise ValueError(f"--{flag.replace('_', '-')} must be at least 1")
@@ -202,14 +210,14 @@ def resolve_args(args):
             raise ValueError(f"--resume with other settings than {args.out} began with: {', '.join(changed)}")
 
 
-def check_tokenizers(learner, explorer):
-    """ValueError unless every token has the same id in both: the learner trains on the ids that the explorer wrote."""
+def compare_tokenizers(learner, explorer):
+    """None if every token has the same id in both, for the learner trains on the ids that the explorer wrote; else a sentence."""
     a, b = learner.get_vocab(), explorer.get_vocab()
     different = sorted(token for token in a.keys() | b.keys() if a.get(token) != b.get(token))
     if different:
         token = different[0]
-        raise ValueError(f"the tokenisers of learner and explorer differ in {len(different)} tokens ({len(a)} and {len(b)} "
-                         f"in all), such as {token!r}: id {a.get(token)} and {b.get(token)}")
+        return (f"the tokenisers of learner and explorer differ in {len(different)} tokens ({len(a)} and {len(b)} in all), such "
+                f"as {token!r}: id {a.get(token)} and {b.get(token)}")
 
 
 class Run:
@@ -230,8 +238,13 @@ class Run:
                                       for problems in (self.problems, self.eval_problems))
         checked = self.prompts + eval_prompts
         check_lengths(self.learner, checked, args.max_new_tokens)
-        self.reference = copy.deepcopy(self.learner).requires_grad_(False) if args.kl_coef else None  # before any update
-        self.optimizer, self.first_step = Optimizer(self.learner, args.lr), 1
+        # A copy of the learner before any update; with LoRA the same tensors without the adapters, at no memory.
+        shared = {id(weight): weight for weight in self.learner.parameters()} if args.lora_rank else {}
+        self.reference = copy.deepcopy(self.learner, shared).requires_grad_(False) if args.kl_coef else None
+        if args.lora_rank:
+            add_lora(self.learner, args.lora_rank, generator(args.seed, 0, ADAPTER))
+        self.learner.checkpoint_layers = args.checkpoint_layers
+        self.optimizer, self.first_step = Optimizer(self.learner, args.lr, getattr(torch, args.optimizer_dtype)), 1
         if args.resume and (self.out / "checkpoint.pt").exists():
             try:
                 state = torch.load(self.out / "checkpoint.pt", map_location="cpu", weights_only=True)
@@ -246,19 +259,25 @@ class Run:
         self.last_explorer_step = max((step for step in range(1, args.steps + 1) if share(step) > 0), default=0)
         self.explorers = []
         for name in args.explorer if self.first_step <= self.last_explorer_step else ():
-            explorer, explorer_tokenizer = load(name, device, dtype)
-            check_tokenizers(self.tokenizer, explorer_tokenizer)
-            check_lengths(explorer, checked, args.max_new_tokens)
-            explorer.requires_grad_(False)
-            explorer.compiled = self.learner.compiled
-            self.explorers.append(explorer)
+            model, tokenizer = load(name, device, dtype)
+            model.requires_grad_(False)
+            model.compiled, own = self.learner.compiled, None
+            if different := compare_tokenizers(self.tokenizer, tokenizer):
+                if not args.retokenize:
+                    raise ValueError(f"{different}; --retokenize trains on the texts all the same")
+                own = [encode_prompt(problem, tokenizer, args.template, args.thinking) for problem in self.problems]
+            check_lengths(model, checked if own is None else own, args.max_new_tokens)
+            self.explorers.append(Explorer(model, tokenizer, own and dict(zip(map(tuple, self.prompts), own))))
         self.pool = Pool(args.explorer_pool, self.learner.num_tokens) if args.explorer_pool else None
         if self.pool and not self.explorers:
             self.check_stock(share)
-        # One end for all: else a base learner would learn a stop token of an instruct explorer and not stop at it.
-        stop_ids = tuple(sorted({token for model in (self.learner, *self.explorers) for token in model.stop_ids}))
-        for model in (self.learner, *self.explorers):
+        # One end for all who share a tokeniser: else a base learner would learn a stop token of an instruct explorer and not
+        # stop at it.
+        kin = [self.learner, *(explorer.model for explorer in self.explorers if not explorer.prompts)]
+        stop_ids = tuple(sorted({token for model in kin for token in model.stop_ids}))
+        for model in kin:
             model.stop_ids = stop_ids
+        self.stop_id = self.tokenizer.eos_token_id if self.tokenizer.eos_token_id in stop_ids else max(stop_ids, default=0)
 
         self.out.mkdir(parents=True, exist_ok=True)
         (self.out / "config.json").write_text(json.dumps(vars(args) | {"resume": False}, indent=2))
@@ -266,9 +285,10 @@ class Run:
         (self.out / "metrics.partial").write_text("".join(json.dumps(line) + "\n" for line in kept))
         os.replace(self.out / "metrics.partial", self.out / "metrics.jsonl")  # steps after the checkpoint come again
         size = lambda model: f"{sum(p.numel() for p in model.parameters()):,} parameters"
-        print(f"learner   {args.learner}: {size(self.learner)}, on {device}")
+        trained = f", of which LoRA trains {sum(w.numel() for w in self.optimizer.weights):,}" if args.lora_rank else ""
+        print(f"learner   {args.learner}: {size(self.learner)}{trained}, on {device}")
         for name, explorer in zip(args.explorer, self.explorers):
-            print(f"explorer  {name}: {size(explorer)}, frozen, writes until step {self.last_explorer_step} of {args.steps}")
+            print(f"explorer  {name}: {size(explorer.model)}, frozen, writes until step {self.last_explorer_step} of {args.steps}")
         if self.pool:
             print(f"explorer  {sum(map(len, self.pool.places.values())):,} rollouts of {len(self.pool.places):,} prompts on disk")
         elif not self.explorers:
@@ -305,11 +325,11 @@ class Run:
             finite = {key: None if isinstance(x, float) and not np.isfinite(x) else x for key, x in line.items()}
             file.write(json.dumps(finite) + "\n")  # NaN is not JSON
 
-    def evaluate(self, model, curve_name=None):
+    def evaluate(self, model, curve_name=None, tokenizer=None):
         """Metrics of a model on the held-out problems, with the same random numbers every time, so that evaluations
         differ by the model alone. With a name, its strict pass@k curve goes to pass_at_k.json."""
         args = self.args
-        result = evaluate(model, self.tokenizer, self.eval_problems, args.eval_n, generator(args.seed, 0, EVALUATION),
+        result = evaluate(model, tokenizer or self.tokenizer, self.eval_problems, args.eval_n, generator(args.seed, 0, EVALUATION),
                           args.max_new_tokens, template=args.template, thinking=args.thinking,
                           temperature=args.eval_temperature, rows=args.rollout_rows)
         if curve_name:
@@ -326,7 +346,7 @@ class Run:
             print(f"pass@k before training: {len(self.eval_problems)} held-out problems, {self.args.eval_n} rollouts each")
             self.write({"step": 0} | self.evaluate(self.learner, "learner before"))
             for i, explorer in enumerate(self.explorers, 1):
-                self.evaluate(explorer, "explorer" if len(self.explorers) == 1 else f"explorer {i}")
+                self.evaluate(explorer.model, "explorer" if len(self.explorers) == 1 else f"explorer {i}", explorer.tokenizer)
             curves = json.loads((self.out / "pass_at_k.json").read_text())
             print(table(curves.pop("k"), curves))
 

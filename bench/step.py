@@ -36,7 +36,7 @@ class Ours:
         self.model, self.optimizer = model, Optimizer(model, lr=1e-5)
         model.stop_ids = ()
         self.args = argparse.Namespace(
-            temperature=1.0, micro_batch=64, off_policy="recompute", minibatches=1, loss="grpo", max_new_tokens=TOKENS,
+            temperature=1.0, micro_batch_tokens=16_384, off_policy="recompute", minibatches=1, loss="grpo", max_new_tokens=TOKENS,
             clip_low=0.2, clip_high=0.2, kl_coef=0.0, kl_estimator="k3", max_grad_norm=1.0)
 
     def step(self):
