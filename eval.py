@@ -155,7 +155,7 @@ def main():
         problems = {data: reward.load_problems(data)[:args.problems or None] for data in args.data}
         out = Path(args.out or time.strftime("runs/eval-%Y%m%d-%H%M%S"))
         out.mkdir(parents=True, exist_ok=True)
-        settings = {key: value for key, value in vars(args).items() if key not in ("out", "device", "k")}
+        settings = {key: value for key, value in vars(args).items() if key not in ("out", "device", "k", "rollout_rows")}
         if (out / "settings.json").exists() and json.loads((out / "settings.json").read_text()) != settings:
             raise ValueError(f"{out} holds an evaluation with other settings (settings.json): take another --out")
         (out / "settings.json").write_text(json.dumps(settings, indent=2))
@@ -197,7 +197,7 @@ def evaluate_resumably(args, model, tokenizer, problems, path, title, at_once=16
             random = torch.Generator().manual_seed(args.seed * 1_000_003 + start)
             found = evaluate(model, tokenizer, batch, args.n, random, args.max_new_tokens, args.template, args.thinking,
                              temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
-                             presence_penalty=args.presence_penalty)
+                             presence_penalty=args.presence_penalty, rows=args.rollout_rows)
             for i, problem in enumerate(batch):
                 lines.append({"question": problem.question, "truth": problem.answer} | {key: found[key][i] for key in found})
                 file.write(json.dumps(lines[-1]) + "\n")

@@ -433,7 +433,8 @@ def load(source, device="cpu", dtype=torch.float32):
     if missing:
         raise ValueError(f"{source}: weights and config.json disagree: no {', '.join(missing)}"[:300])
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        more = {"add_bos_token": True} if hf["model_type"] == "internlm2" else {}  # which its own code, not run here, adds
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **more)
         model.num_tokens = min(1 + max(tokenizer.get_vocab().values()), config.vocab_size)
     except Exception as error:  # the libraries below raise whatever they like, down to plain Exception
         raise ValueError(f"{source}: no tokeniser can be read here: {' '.join(str(error).split())[:200]}") from None

@@ -194,7 +194,10 @@ def load_problems(source):
                 raise ValueError(f"{place}: {error}") from None
     if not problems:
         raise ValueError(f"{source}: no problems in this file")
-    return problems
+    distinct = list(dict.fromkeys(problems))  # DAPO-Math-17k is published with every problem about a hundred times
+    if len(distinct) < len(problems):
+        print(f"{source}: {len(problems):,} records, {len(distinct):,} different problems")
+    return distinct
 
 
 def save_problems(problems, path):

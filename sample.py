@@ -349,6 +349,7 @@ def add_sampling_flags(add):
     add("--top-k", type=int, default=0, help="0: off")
     add("--top-p", type=float, default=1.0, help="1: off")
     add("--presence-penalty", type=float, default=0.0, help="taken off the logits of tokens already written")
+    add("--rollout-rows", type=int, default=1024, help="rows sampled at once, in whole groups: lower it to save memory")
     add("--seed", type=int, default=0, help="of the rollouts")
     add("--device", default="auto", help="auto: cuda, then mps, then cpu")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and activations")
@@ -363,7 +364,7 @@ def write_pool(args, model, tokenizer):
     problems = list(enumerate(reward.load_problems(args.data)))[shard - 1::shards]
     prompts = [encode_prompt(problem, tokenizer, args.template, args.thinking) for _, problem in problems]
     check_lengths(model, prompts, args.max_new_tokens)
-    settings = {key: value for key, value in vars(args).items() if key not in ("out", "device", "prompt", "chat")}
+    settings = {key: value for key, value in vars(args).items() if key not in ("out", "device", "prompt", "chat", "rollout_rows")}
     note = out.with_name(out.name + ".settings.json")  # beside the pool, whose records hold the authors' fields alone
     if out.exists() and (not note.exists() or json.loads(note.read_text()) != settings):
         raise ValueError(f"{out} was made with other settings ({note}): take another --out, or remove both")
@@ -383,7 +384,7 @@ def write_pool(args, model, tokenizer):
             batch = problems[start:start + at_once]
             random = torch.Generator().manual_seed(args.seed * 1_000_003 + batch[0][0])
             rollouts = sample(model, prompts[start:start + at_once], args.n, random, args.max_new_tokens, args.temperature,
-                              args.top_k, args.top_p, args.presence_penalty)
+                              args.top_k, args.top_p, args.presence_penalty, args.rollout_rows)
             for p, (texts, (number, problem)) in enumerate(zip(decode(rollouts, tokenizer), batch)):
                 for g, text in enumerate(texts):
                     length, score = rollouts.lengths[p, g], reward.score(problem, text)
@@ -426,7 +427,7 @@ def main():
             text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
         prompt = tokenizer(text, add_special_tokens=not args.chat).input_ids
         rollouts = sample(model, [prompt], args.n, torch.Generator().manual_seed(args.seed), args.max_new_tokens,
-                          args.temperature, args.top_k, args.top_p, args.presence_penalty)
+                          args.temperature, args.top_k, args.top_p, args.presence_penalty, args.rollout_rows)
     except (ValueError, OSError) as error:
         print(f"sample.py: error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -154,6 +154,26 @@ def test_internlm2_is_llama_under_other_names(heads, key_heads, tmp_path):
         assert (AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()(ids).logits - expected).abs().max() < 1e-4
 
 
+def test_internlm2_tokenizer_is_read_without_running_its_code(tmp_path):
+    sentencepiece = pytest.importorskip("sentencepiece", reason="pip install sentencepiece protobuf")
+    _, directory = hf_pair("llama", tmp_path, vocab_size=300, tie_word_embeddings=True)
+    (directory / "tokenizer.json").unlink()
+    (directory / "text").write_text("\n".join(f"The sum of {a} and {b} is {a + b}. " for a in range(60) for b in range(60)))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(directory / "text"), model_prefix=str(directory / "tokenizer"), vocab_size=299, model_type="bpe", byte_fallback=True,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False, pad_id=-1, minloglevel=2)
+    (directory / "tokenizer_config.json").write_text(json.dumps({
+        "auto_map": {"AutoTokenizer": ["evil.InternLM2Tokenizer", None]}, "tokenizer_class": "InternLM2Tokenizer", "bos_token": "<s>",
+        "eos_token": "</s>", "unk_token": "<unk>"}))
+    (directory / "evil.py").write_text("raise SystemExit('code of a checkpoint was run')")
+    hf = json.loads((directory / "config.json").read_text()) | {"model_type": "internlm2"}
+    (directory / "config.json").write_text(json.dumps(hf))
+    processor, text = sentencepiece.SentencePieceProcessor(model_file=str(directory / "tokenizer.model")), "The sum of 日本\n\n and  3"
+    _, tokenizer = models.load(directory)
+    assert tokenizer(text).input_ids == [1, *processor.encode(text)] and tokenizer.decode(processor.encode(text)) == text
+    assert tokenizer.eos_token_id == 2
+
+
 def test_traps_1_27_load_knows_the_vocabulary_and_every_stop_id(tmp_path):
     _, directory = hf_pair("qwen3", tmp_path)
     (directory / "generation_config.json").write_text('{"eos_token_id": [3, 5]}')
@@ -858,6 +878,13 @@ def test_layouts_of_known_data_sets(record, problem, tmp_path):
     assert reward.load_problems(tmp_path / "data.jsonl") == [reward.Problem(*problem)]
 
 
+def test_problems_that_come_again_are_left_out(tmp_path, capsys):
+    record = lambda question, answer: json.dumps({"question": question, "answer": answer}) + "\n"
+    (tmp_path / "data.jsonl").write_text(record("a", "1") + record("b", "1") + record("a", "1") + record("a", "2"))
+    assert reward.load_problems(tmp_path / "data.jsonl") == [reward.Problem(*x) for x in (("a", "1"), ("b", "1"), ("a", "2"))]
+    assert "4 records, 3 different problems" in capsys.readouterr().out
+
+
 def test_data_by_directory_by_name_and_from_parquet(tmp_path, monkeypatch, capsys):
     (tmp_path / "hub" / "main").mkdir(parents=True)
     for name in ("a.jsonl", "main/b.jsonl"):
@@ -945,8 +972,13 @@ def test_bootstrap_covers_what_another_exam_would_show():
     assert 0.90 < inside / 300 < 0.98
 
 
+def twice(problems):
+    """Every problem a second time, with a wrong answer: equal ones would be left out."""
+    return problems + [reward.Problem(problem.question, "none", problem.task) for problem in problems]
+
+
 def test_evaluation_of_several_data_sets_goes_on_where_it_was_stopped(family, tmp_path, monkeypatch, capsys):
-    problems = reward.load_problems(family / "train.jsonl") * 2
+    problems = twice(reward.load_problems(family / "train.jsonl"))
     for name, part in (("a.jsonl", problems), ("b.jsonl", problems[:5])):
         reward.save_problems(part, tmp_path / name)
 
@@ -1382,7 +1414,7 @@ def test_training_from_a_pool_equals_live_sampling_of_the_same_rollouts(family, 
 
 
 def test_a_pool_is_the_same_whether_or_not_it_was_killed(family, tmp_path, monkeypatch, capsys):
-    problems = reward.load_problems(family / "train.jsonl") * 2  # 40 problems: 2 whole batches of 16 and a short one
+    problems = twice(reward.load_problems(family / "train.jsonl"))  # 40 problems: 2 whole batches of 16 and a short one
     reward.save_problems(problems, tmp_path / "problems.jsonl")
     out = tmp_path / "pool.jsonl"
 
@@ -1395,7 +1427,7 @@ def test_a_pool_is_the_same_whether_or_not_it_was_killed(family, tmp_path, monke
             return stopped.code, capsys.readouterr().err
         return 0, capsys.readouterr().err
 
-    assert run("--out", out)[0] == 0
+    assert run("--out", out, "--rollout-rows", 6)[0] == 0  # few at a time: the same rollouts
     whole, random_place = out.read_bytes(), random.Random(0)
     records = [json.loads(line) for line in whole.splitlines()]
     assert [record["prompt_id"] for record in records] == [i for i in range(40) for _ in range(3)]
@@ -1405,7 +1437,7 @@ def test_a_pool_is_the_same_whether_or_not_it_was_killed(family, tmp_path, monke
     assert [record["is_correct"] for record in records] == right and any(right) and not all(right)
     for length in (0, len(whole) - 1, len(whole), *random_place.sample(range(len(whole)), 2)):
         out.write_bytes(whole[:length])
-        assert run("--out", out)[0] == 0 and out.read_bytes() == whole, length
+        assert run("--out", out, "--rollout-rows", 6)[0] == 0  # few at a time: the same rollouts and out.read_bytes() == whole, length
     code, error = run("--out", out, "--temperature", 0.5)
     assert code == 2 and "was made with other settings" in error and out.read_bytes() == whole
     parts = []

@@ -1,0 +1,88 @@
+"""recipes/plan.py against measured peaks: a model of 20 million parameters, its rollouts and one update, on a CPU.
+
+    python bench/plan.py            Linux only: peaks are the kernel's count of resident memory, less the interpreter's
+
+Each case runs in a process of its own. Freed memory must go back to the system at once for the peaks to mean anything, hence
+MALLOC_MMAP_THRESHOLD_.
+"""
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import train
+from grpo import Optimizer, update
+from model import Config, Transformer, add_lora
+from recipes.plan import plan
+from sample import sample
+
+CONFIG = {"model_type": "qwen3", "vocab_size": 16_384, "hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8,
+          "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 64, "rms_norm_eps": 1e-6, "max_position_embeddings": 4096,
+          "tie_word_embeddings": True}
+PROMPT = 64
+CASES = {"float32": "", "micro-batch of 512 tokens": "--micro-batch-tokens 512", "KL": "--kl-coef 0.1",
+         "checkpointed layers": "--checkpoint-layers", "LoRA": "--lora-rank 16 --kl-coef 0.1",
+         "LoRA, checkpointed": "--lora-rank 16 --checkpoint-layers", "bfloat16": "--dtype bfloat16",
+         "bfloat16, also the moments": "--dtype bfloat16 --optimizer-dtype bfloat16"}
+
+
+def peak():
+    """Highest resident memory since the last call, in bytes."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    Path("/proc/self/clear_refs").write_text("5")
+    return int(status["VmHWM"].split()[0]) * 1024
+
+
+def measure(args):
+    """(peak of sampling, of the update) in bytes, of one step with random weights."""
+    torch.set_num_threads(1)
+    peak()
+    before, dtype = peak(), getattr(torch, args.dtype)
+    model = Transformer(Config.from_hf(CONFIG)).to(dtype)
+    reference = None
+    if args.kl_coef:
+        reference = model if args.lora_rank else Transformer(model.config).to(dtype)
+    if args.lora_rank:
+        add_lora(model, args.lora_rank, None)
+    model.checkpoint_layers = args.checkpoint_layers
+    optimizer, random = Optimizer(model, args.lr, getattr(torch, args.optimizer_dtype)), torch.Generator().manual_seed(0)
+    prompts = torch.randint(1, 1000, (args.prompts_per_step, PROMPT)).tolist()
+    rollouts, found = None, []
+    for _ in range(2):  # in the first update AdamW's moments are not there yet
+        peak()
+        rollouts = sample(model, prompts, args.group_size, random, args.max_new_tokens, rows=args.rollout_rows)
+        found = [peak() - before]
+        update(args, model, reference, optimizer, prompts, rollouts, torch.randn(rollouts.lengths.shape), random)
+        found.append(peak() - before)
+    return found
+
+
+def main():
+    flags = ["--prompts-per-step", "2", "--group-size", "8", "--max-new-tokens", "64", "--minibatches", "1", "--explorer", "none",
+             "--micro-batch-tokens", "2048"]
+    if len(sys.argv) > 1:
+        print(json.dumps(measure(train.parse_args([*flags, *sys.argv[1:]]))))
+        return
+    print(f"{'':30}{'planned':>19}{'measured':>19}{'measured/planned':>22}\n{'GiB':30}" + f"{'sampling':>11}{'update':>8}" * 3)
+    with tempfile.TemporaryDirectory() as directory:
+        Path(directory, "config.json").write_text(json.dumps(CONFIG))
+        for name, more in CASES.items():
+            args = train.parse_args([*flags, "--learner", directory, *more.split()])
+            args.explorer, args.schedule, args.mix_steps = [], "none", 1
+            planned = [sum(parts.values()) for parts in plan(args, PROMPT)[0].values()]
+            environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "262144"}
+            out = subprocess.run([sys.executable, __file__, *more.split(), "--seed", "0"], env=environment, text=True,
+                                 stdout=subprocess.PIPE, check=True)
+            measured = json.loads(out.stdout.splitlines()[-1])
+            ratios = [m / p for m, p in zip(measured, planned)]
+            print(f"{name:30}" + "".join(f"{a:11.3f}{b:8.3f}" for a, b in ([x / 2 ** 30 for x in planned],
+                                                                          [x / 2 ** 30 for x in measured], ratios)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
