@@ -23,6 +23,9 @@ from model import load
 from sample import add_sampling_flags, decode, encode_prompt, pick_device, sample
 
 
+WORTH_IT = 30  # the rule of `when` in recipes/claims.py: explorer's success over the learner's own, where its groups fail
+
+
 def pass_at_k(correct, n, k):
     """Unbiased pass@k from `correct` [P], the number of right rollouts out of n per problem: mean over problems of
     1 - C(n-c, k) / C(n, k), as the product of (1 - k/i) over i = n-c+1 .. n, which cannot overflow.
@@ -65,11 +68,13 @@ def crossover(ks, first, second):
 
 
 def rescue(learner, explorer, n, group_size):
-    """(share of the learner's groups that all fail, the explorer's success on those problems), from right rollouts out of n
-    per problem of each, [P] both. A problem counts with the chance C(n-c, G) / C(n, G) that a group of G of the learner's
-    rollouts holds no right one; where none ever fails, the second is 0."""
+    """What an explorer could add, from right rollouts out of n > group_size per problem of each, [P] both: (share of the
+    learner's groups that all fail; on those problems, the explorer's success, and the learner's own in other rollouts).
+    A problem counts with the chance C(n-c, G) / C(n, G) that a group of G of its n rollouts holds no right one; the c right
+    ones are then among the n - G others. Where no group fails, the two are 0."""
     fails = np.array([1.0 - pass_at_k([c], n, group_size) for c in learner])  # [P]
-    return float(fails.mean()), float((fails * explorer).sum() / n / max(fails.sum(), 1e-9))
+    there = lambda right, of: float((fails * right).sum() / of / max(fails.sum(), 1e-9))
+    return float(fails.mean()), there(explorer, n), there(learner, n - group_size)
 
 
 def table(ks, curves):
@@ -224,10 +229,12 @@ def report(models, problems, ks, n):
         return None, curves
     found = crossover(ks, *list(curves.values())[:2])
     print(f"crossover of the first two: {f'k = {found:.1f}' if found else 'none'}")
-    (first, second), group = [result[kind] for result in list(models.values())[:2]], min(16, n)
-    fails, rescued = rescue(first, second, n, group)
-    print(f"as learner and explorer: {fails:.0%} of the first's groups of {group} fail altogether; on those problems "
-          f"{rescued:.1%}\nof the second's rollouts are right, while of the first's own {pass_at_k(first, n, 1):.1%} are on all")
+    (first, second), group = [result[kind] for result in list(models.values())[:2]], min(16, n // 2)
+    if group:
+        fails, rescued, own = rescue(first, second, n, group)
+        print(f"as learner and explorer: {fails:.0%} of the first's groups of {group} fail altogether; on those problems "
+              f"{rescued:.2%}\nof the second's rollouts are right, and {own:.2%} of the first's own. In the study S2L-PO was the faster "
+              f"where\nthe former was more than {WORTH_IT} times the latter, GRPO where it was less (recipes/claims.py when)")
     return found, curves
 
 

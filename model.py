@@ -141,9 +141,11 @@ def add_lora(model, rank, generator):
 
 @torch.no_grad()
 def merge_lora(model):
-    """Adds the adapters to the matrices they adapt, and removes them."""
+    """Adds the adapters to the matrices they adapt, and removes them. The sums are float32: most of what was learnt is less
+    than bfloat16 can tell beside the weight."""
     for linear in (module for module in model.layers.modules() if isinstance(module, Linear) and module.A is not None):
-        linear.weight.copy_(linear.weight.float() + (linear.ALPHA / len(linear.A)) * (linear.B.float() @ linear.A.float()))
+        W, A, B = linear.weight.float(), linear.A.float(), linear.B.float()
+        linear.weight = nn.Parameter(W + (linear.ALPHA / len(A)) * (B @ A))
         linear.A = linear.B = None
 
 
@@ -435,6 +437,7 @@ def load(source, device="cpu", dtype=torch.float32):
     try:
         more = {"add_bos_token": True} if hf["model_type"] == "internlm2" else {}  # which its own code, not run here, adds
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **more)
+        tokenizer.init_kwargs.pop("auto_map", None)  # nor is it to be run by those who load what is saved
         model.num_tokens = min(1 + max(tokenizer.get_vocab().values()), config.vocab_size)
     except Exception as error:  # the libraries below raise whatever they like, down to plain Exception
         raise ValueError(f"{source}: no tokeniser can be read here: {' '.join(str(error).split())[:200]}") from None
@@ -451,11 +454,11 @@ def load(source, device="cpu", dtype=torch.float32):
 
 def save(model, tokenizer, directory):
     """Writes config.json, model.safetensors and the tokeniser as transformers' `from_pretrained` reads them. Adapters are
-    merged first, for good."""
+    merged first, for good; the matrices they adapt are float32 from then on."""
     merge_lora(model)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    dtype = str(model.norm.weight.dtype).removeprefix("torch.")
+    dtype = str(model.layers[0].self_attn.o_proj.weight.dtype).removeprefix("torch.")
     (directory / "config.json").write_text(json.dumps(model.hf_config | {"dtype": dtype}, indent=2))
     (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": list(model.stop_ids)}))
     write_safetensors(directory / "model.safetensors", hf_weights(model))

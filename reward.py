@@ -138,10 +138,11 @@ def records(path):
     """Yields (place, record) of a JSONL or parquet file. ValueError names a line that is not JSON."""
     if path.suffix == ".parquet":
         try:
-            from pyarrow.parquet import read_table
+            from pyarrow.parquet import ParquetFile
         except ImportError:
             raise ValueError(f"{path}: pip install pyarrow reads parquet") from None
-        for number, record in enumerate(read_table(path).to_pylist(), 1):
+        rows = (record for batch in ParquetFile(path).iter_batches() for record in batch.to_pylist())
+        for number, record in enumerate(rows, 1):
             yield f"{path}, row {number}", record
         return
     with open(path, encoding="utf-8", errors="replace") as file:
@@ -185,19 +186,19 @@ def as_problem(record):
 def load_problems(source):
     """[Problem] from a file, a directory or a name of HUB. A GSM8K answer counts from its `####`.
     ValueError names the file and the line of a record that cannot be used; OSError if the file cannot be read."""
-    problems = []
+    problems, count = {}, 0  # a dictionary: DAPO-Math-17k is published with every problem about a hundred times
     for path in data_files(source):
         for place, record in records(path):
             try:
-                problems.append(as_problem(record))
+                problems[as_problem(record)] = None
             except ValueError as error:
                 raise ValueError(f"{place}: {error}") from None
+            count += 1
     if not problems:
         raise ValueError(f"{source}: no problems in this file")
-    distinct = list(dict.fromkeys(problems))  # DAPO-Math-17k is published with every problem about a hundred times
-    if len(distinct) < len(problems):
-        print(f"{source}: {len(problems):,} records, {len(distinct):,} different problems")
-    return distinct
+    if len(problems) < count:
+        print(f"{source}: {count:,} records, {len(problems):,} different problems")
+    return list(problems)
 
 
 def save_problems(problems, path):

@@ -214,21 +214,21 @@ def sample(model, prompts, n, generator, max_new_tokens, temperature=1.0, top_k=
 
 def retokenize(rollouts, theirs, ours, stop_id, max_new_tokens):
     """The same texts in our tokeniser's tokens, for an explorer that has another: log-probs are recomputed by the learner
-    anyhow. What was finished ends with our stop token; what has become longer than max_new_tokens is cut. A rollout keeps
-    its explorer's log-prob as a whole, spread evenly over its new tokens: enough for weights of whole rollouts."""
+    anyhow. What was finished ends with our stop token; what has become longer than max_new_tokens is cut. The explorer's
+    log-prob of a whole rollout is spread evenly over its new tokens: enough for weights of whole rollouts."""
     P, G, _ = rollouts.ids.shape
     texts = sum(decode(rollouts, theirs), [])
     # Model text is data: `<|im_end|>` spelled out by an explorer must not become our stop token.
     rows = [ours(text, add_special_tokens=False, split_special_tokens=True).input_ids for text in texts]
     rows = [ids + [stop_id] if done or not ids else ids for ids, done in zip(rows, rollouts.finished.flatten().tolist())]
-    cut = torch.tensor([len(ids) > max_new_tokens for ids in rows], device=rollouts.ids.device)
+    whole = rollouts.lengths.new_tensor([len(ids) for ids in rows]).view(P, G)
     rows = [rollouts.ids.new_tensor(ids[:max_new_tokens]) for ids in rows]
-    lengths = torch.tensor([len(ids) for ids in rows], device=cut.device)
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).unflatten(0, (P, G))  # [P, G, T]
-    translated = Rollouts(ids, lengths.view(P, G), torch.zeros(ids.shape, device=cut.device),
-                          rollouts.finished & ~cut.view(P, G), rollouts.from_explorer)
-    translated.logps = translated.mask * (rollouts.logps.sum(-1) / translated.lengths)[..., None]
-    return translated
+    per_token = (rollouts.logps.sum(-1) / whole)[..., None].expand(ids.shape)
+    new = Rollouts(ids, whole.clamp(max=max_new_tokens), per_token, rollouts.finished & (whole <= max_new_tokens),
+                   rollouts.from_explorer)
+    new.logps = per_token * new.mask
+    return new
 
 
 class Pool:

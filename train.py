@@ -265,9 +265,11 @@ class Run:
             if different := compare_tokenizers(self.tokenizer, tokenizer):
                 if not args.retokenize:
                     raise ValueError(f"{different}; --retokenize trains on the texts all the same")
-                own = [encode_prompt(problem, tokenizer, args.template, args.thinking) for problem in self.problems]
-            check_lengths(model, checked if own is None else own, args.max_new_tokens)
-            self.explorers.append(Explorer(model, tokenizer, own and dict(zip(map(tuple, self.prompts), own))))
+                own = [encode_prompt(problem, tokenizer, args.template, args.thinking)
+                       for problem in self.problems + self.eval_problems]
+            check_lengths(model, own or checked, args.max_new_tokens)
+            self.explorers.append(Explorer(model, tokenizer, dict(zip(map(tuple, checked), own))) if own else
+                                  Explorer(model, self.tokenizer, None))
         self.pool = Pool(args.explorer_pool, self.learner.num_tokens) if args.explorer_pool else None
         if self.pool and not self.explorers:
             self.check_stock(share)
@@ -340,15 +342,18 @@ class Run:
         return {f"eval_{prefix}pass@{k}": pass_at_k(result[kind], args.eval_n, k)
                 for prefix, kind in (("", "answer"), ("strict_", "strict")) for k in (1, 16) if k <= args.eval_n}
 
+    def before_training(self):
+        print(f"pass@k before training: {len(self.eval_problems)} held-out problems, {self.args.eval_n} rollouts each")
+        self.write({"step": 0} | self.evaluate(self.learner, "learner before"))
+        for i, explorer in enumerate(self.explorers, 1):
+            self.evaluate(explorer.model, "explorer" if len(self.explorers) == 1 else f"explorer {i}", explorer.tokenizer)
+        curves = json.loads((self.out / "pass_at_k.json").read_text())
+        print(table(curves.pop("k"), curves))
+
     def steps(self):
         """Yields the steps to take under a progress bar, saving on the way. Ctrl-C ends it after the current step."""
         if self.first_step == 1 and self.eval_problems:
-            print(f"pass@k before training: {len(self.eval_problems)} held-out problems, {self.args.eval_n} rollouts each")
-            self.write({"step": 0} | self.evaluate(self.learner, "learner before"))
-            for i, explorer in enumerate(self.explorers, 1):
-                self.evaluate(explorer.model, "explorer" if len(self.explorers) == 1 else f"explorer {i}", explorer.tokenizer)
-            curves = json.loads((self.out / "pass_at_k.json").read_text())
-            print(table(curves.pop("k"), curves))
+            self.before_training()
 
         def interrupt(signum, frame):
             self.interrupted = True

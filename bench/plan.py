@@ -41,8 +41,11 @@ def peak():
 def measure(args):
     """(peak of sampling, of the update) in bytes, of one step with random weights."""
     torch.set_num_threads(1)
+    dtype = getattr(torch, args.dtype)
+    tiny = Transformer(Config.from_hf(CONFIG | {"hidden_size": 64, "intermediate_size": 64, "vocab_size": 1100, "num_hidden_layers": 1}))
+    step(args, tiny.to(dtype), None)  # what libraries allocate when they are first used is no run's
     peak()
-    before, dtype = peak(), getattr(torch, args.dtype)
+    before = peak()
     model = Transformer(Config.from_hf(CONFIG)).to(dtype)
     reference = None
     if args.kl_coef:
@@ -50,16 +53,21 @@ def measure(args):
     if args.lora_rank:
         add_lora(model, args.lora_rank, None)
     model.checkpoint_layers = args.checkpoint_layers
+    return [high - before for high in step(args, model, reference)]
+
+
+def step(args, model, reference):
+    """Peaks of sampling and of the update; of the second step, since in the first AdamW's moments are not there yet."""
     optimizer, random = Optimizer(model, args.lr, getattr(torch, args.optimizer_dtype)), torch.Generator().manual_seed(0)
     prompts = torch.randint(1, 1000, (args.prompts_per_step, PROMPT)).tolist()
-    rollouts, found = None, []
-    for _ in range(2):  # in the first update AdamW's moments are not there yet
+    rollouts = None
+    for _ in range(2):
         peak()
         rollouts = sample(model, prompts, args.group_size, random, args.max_new_tokens, rows=args.rollout_rows)
-        found = [peak() - before]
+        sampling = peak()
         update(args, model, reference, optimizer, prompts, rollouts, torch.randn(rollouts.lengths.shape), random)
-        found.append(peak() - before)
-    return found
+        updating = peak()
+    return sampling, updating
 
 
 def main():

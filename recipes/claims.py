@@ -35,7 +35,7 @@ import model as models
 import reward
 import train
 from eval import crossover as find_crossover
-from eval import new_figure, pass_at_k, plot_curves, powers_of_two, rescue, table
+from eval import WORTH_IT, new_figure, pass_at_k, plot_curves, powers_of_two, rescue, table
 from recipes.pairs import FIRST_PAIR, LADDER, RUNS, directory, make_member, measure, qualified, thinned
 from sample import sample
 
@@ -80,7 +80,7 @@ CLAIMS = {  # name: the arms that are compared; the first is the reference
 }
 BOTH_TASKS = ("crossover", "gain", "measured")  # the others are asked of `habit` alone, unless --task says otherwise
 PAIRS, SEEDS = 6, 5
-FEWER = {"crossover": (3, 1), "when": (3, 1)}  # no RL, and 240 runs a pair and seed
+FEWER = {"crossover": (3, 1), "when": (3, 1)}  # no RL, and 80 runs a pair and seed
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t, 97.5%, 1 to 9 degrees of freedom
 
 
@@ -355,7 +355,7 @@ def diversity(name, args):
 
 def when(name, args):
     """The map: gain of S2L-PO over GRPO, each at its best rate of the grid in that place, over the strength of the learner's
-    habit and the competence of the explorer."""
+    habit and the competence of the explorer. Then its rule where it was not made: other explorers, the other task."""
     learners = ("noise 32%", "noise 8%", "learner", "noise 0%")
     explorers = ("narrow", "epoch 3", "epoch 4", "explorer")
     pairs, seeds, places = pairs_of("habit", args), range(args.seeds), []
@@ -364,42 +364,59 @@ def when(name, args):
     arm_of = lambda learner, arm: (arm if learner == "learner" else f"{learner} | {arm}").removesuffix(" by explorer")
     arms = [arm_of(learner, arm) for learner in learners for arm in ("GRPO", *(f"S2L-PO by {e}" for e in explorers))]
     do([("habit", pair, arm, lr, seed) for seed in seeds for pair in pairs for arm in arms for lr in GRID], args.workers, name)
-    before = {(pair, who): measure("habit", pair, who, 64) for pair in pairs for who in (*learners, *explorers)}
     print(f"\n{name}: {len(pairs)} pairs x {len(seeds)} seeds; area under strict pass@1, each at its best rate of {GRID}")
     for learner, explorer in itertools.product(learners, explorers):
         best = lambda arm: max((numbers("habit", pairs, arm_of(learner, arm), lr, seeds)["area@1"] for lr in GRID), key=np.mean)
-        grpo, s2l = best("GRPO"), best(f"S2L-PO by {explorer}")  # [pairs, seeds]
-        fails, rescued = np.mean([rescue(before[pair, learner]["strict"], before[pair, explorer]["strict"], 64, 16)
-                                  for pair in pairs], axis=0)
-        places.append({"learner": learner, "explorer": explorer,
-                       "executed": float(np.mean([before[pair, explorer]["executed"] for pair in pairs])),
-                       "own success": float(np.mean([pass_at_k(before[pair, learner]["strict"], 64, 1) for pair in pairs])),
-                       "groups fail": float(fails), "rescued": float(rescued), "GRPO": float(grpo.mean()),
-                       "S2L-PO": float(s2l.mean()), "gain": float((s2l - grpo).mean()), "gains": (s2l - grpo).tolist()})
-        place = list(places[-1].items())[:-1]
-        if len(places) == 1:
-            print("".join(f"{key:>12}" for key, _ in place))
-        print("".join(f"{value:12.3f}" if isinstance(value, float) else f"{value:>12}" for _, value in place))
-    write_json(name, {"pairs": pairs, "seeds": len(seeds), "grid": GRID, "places": places})
-    draw_map(name, learners, explorers, places)
+        places.append(place("habit", pairs, learner, explorer, best("GRPO"), best(f"S2L-PO by {explorer}"), title=not places))
+    print("\nelsewhere, each at its own best rate of the search pair")
+    elsewhere = []
+    for task, arm in (("habit", "twin"), ("habit", "early"), ("habit", "pruned"), ("natural", "S2L-PO")):
+        others, explorer = pairs_of(task, args), "explorer" if arm == "S2L-PO" else arm
+        make_models(task, others, members_of([arm]), args.workers)
+        do([(task, pair, a, rates(task, a)[1], seed) for seed in seeds for pair in others for a in ("GRPO", arm)], args.workers, name)
+        best = lambda arm: numbers(task, others, arm, rates(task, arm)[1], seeds)["area@1"]
+        elsewhere.append(place(task, others, "learner", explorer, best("GRPO"), best(arm), title=not elsewhere))
+    write_json(name, {"pairs": pairs, "seeds": len(seeds), "grid": GRID, "places": places, "elsewhere": elsewhere})
+    draw_map(name, learners, explorers, places, elsewhere)
 
 
-def draw_map(name, learners, explorers, places):
-    if (figure := new_figure(1)) is None:
+def place(task, pairs, learner, explorer, grpo, s2l, title):
+    """Prints and returns what models are like before training, and areas [pairs, seeds] after."""
+    first, second = ([measure(task, pair, who, 64) for pair in pairs] for who in (learner, explorer))
+    right = lambda models: [count for model in models for count in model["strict"]]  # on all pairs' problems
+    fails, rescued, own = rescue(right(first), right(second), 64, 16)
+    found = {"task": task, "learner": learner, "explorer": explorer, "groups fail": fails, "rescued": rescued, "own": own,
+             "ratio": rescued / own if own else math.inf if rescued else math.nan, "GRPO": float(grpo.mean()), "S2L-PO": float(s2l.mean()),
+             "gain": float((s2l - grpo).mean())}
+    if title:
+        print("".join(f"{key:>12}" for key in found))
+    print("".join(f"{value:12.4g}" if isinstance(value, float) else f"{value:>12}" for value in found.values()), flush=True)
+    executed = [b["executed"] for b in second if "executed" in b]
+    return found | {"ratio": str(found["ratio"]), "executed": float(np.mean(executed)) if executed else None}
+
+
+def draw_map(name, learners, explorers, places, elsewhere):
+    if (figure := new_figure(2)) is None:
         return
-    figure, axis = figure
+    figure, (axis, rule) = figure
     gains = np.array([place["gain"] for place in places]).reshape(len(learners), len(explorers))
-    image = axis.imshow(gains, cmap="RdBu", vmin=-abs(gains).max(), vmax=abs(gains).max(), origin="lower", aspect="auto")
-    if gains.min() < 0 < gains.max():
-        axis.contour(gains, levels=[0], colors="black")  # where the gain changes sign
+    axis.imshow(gains, cmap="RdBu", vmin=-abs(gains).max(), vmax=abs(gains).max(), origin="lower", aspect="auto")
+    axis.contour(gains, levels=[0], colors="black")  # where the gain changes sign
     for (i, j), gain in np.ndenumerate(gains):
-        axis.text(j, i, f"{gain:+.2f}", ha="center", va="center")
+        axis.text(j, i, f"{gain:+.2f}", ha="center", va="center", color="white" if gain > 0.25 else "black")
     axis.set_xticks(range(len(explorers)), [f"{place['explorer']}\n{place['executed']:.0%} executed"
                                             for place in places[:len(explorers)]], fontsize=8)
     axis.set_yticks(range(len(learners)), [f"{place['learner']}\n{place['groups fail']:.0%} of groups fail"
                                            for place in places[::len(explorers)]], fontsize=8)
-    axis.set(title="S2L-PO's gain over GRPO, each at its best rate", xlabel="explorer", ylabel="learner")
-    figure.colorbar(image)
+    axis.set(title="S2L-PO's gain over GRPO", xlabel="explorer", ylabel="learner")
+    for some, marker, label in ((places, "o", "the map"), (elsewhere, "s", "elsewhere")):
+        ratios = [np.clip(float(place["ratio"]), 0.3, 3e3) for place in some]
+        rule.plot(ratios, [place["gain"] for place in some], marker, label=label)
+    rule.axhline(0, color="grey", linewidth=0.8)
+    rule.axvline(WORTH_IT, color="grey", linestyle=":", label=f"{WORTH_IT} times")
+    rule.set(xscale="log", title="where the learner's groups all fail", ylabel="gain",
+             xlabel="explorer's success / learner's own (left end: 0; right: own is 0)")
+    rule.legend(fontsize=8)
     figure.savefig(ASSETS / f"{name}.png", dpi=110)
 
 

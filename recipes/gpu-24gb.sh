@@ -1,7 +1,7 @@
 #!/bin/sh
 # One 24 GB card: Qwen3-0.6B-Base explores for Qwen3-1.7B-Base on GSM8K, with LoRA.
-# Memory (estimated, recipes/plan.py): 9.7 GiB while sampling, 7.1 GiB in the update. Time (estimated from its FLOPs at a third
-# of an RTX 4090's peak, and 20 ms a decoding step): 1.6 minutes a step, 2.7 hours in all. Result: not measured.
+# Memory (estimated, recipes/plan.py): 9.9 GiB while sampling, 7.1 GiB in the update. Time (estimated from its FLOPs at a third
+# of an RTX 4090's peak, and 20 ms a decoding step): 1.6 minutes a step, 2.7 hours a run. Result: not measured.
 set -e
 FLAGS="--learner Qwen/Qwen3-1.7B-Base --data gsm8k --eval-data gsm8k-test --eval-problems 200 --eval-n 4
  --max-new-tokens 512 --steps 100 --prompts-per-step 16 --group-size 16 --lr 1e-5 --dtype bfloat16 --lora-rank 32 --kl-coef 0.001

@@ -4,6 +4,7 @@ A pair is an explorer and a learner that recipes/family.py pretrains from one se
 weights, problems) into runs/claims/TASK-SEED. Its relatives are other models pretrained on the same corpus, or (`noise`) on
 one with the same table and other writers.
 """
+import functools
 import os
 import sys
 from pathlib import Path
@@ -57,6 +58,7 @@ def make_member(task, pair, name):
     os.replace(partial, base / name)
 
 
+@functools.cache
 def measure(task, pair, name, n, thin=False, temperature=1.0, problems=128):
     """What a model does on its pair's held-out problems, n rollouts each: numbers of right ones per problem, and how much
     groups of 16 vary. In `habit` a solution has a *method*, its operator, and is *executed* if every step is right under

@@ -33,8 +33,11 @@ def size(tensors):
 def empty_model(source, dtype):
     """A model of shapes alone, from a directory or hub name, or the path of a config.json."""
     path = source if str(source).endswith(".json") else find_file(source, "config.json")
-    with torch.device("meta"):
-        return Transformer(Config.from_hf(json.loads(Path(path).read_text()))).to(dtype)
+    try:
+        with torch.device("meta"):
+            return Transformer(Config.from_hf(json.loads(Path(path).read_text()))).to(dtype)
+    except KeyError as error:
+        raise ValueError(f"{path}: no {error}") from None
 
 
 def kept_activations(model, rows, tokens):
@@ -70,7 +73,7 @@ def plan(args, prompt_tokens):
     """({phase: {what: bytes}}, {what: FLOPs of a step, averaged over the run})."""
     dtype = getattr(torch, args.dtype)
     learner = empty_model(args.learner, dtype)
-    weights, full_head = size(learner.parameters()), learner.head.numel()
+    weights = size(learner.parameters())
     if args.lora_rank:
         add_lora(learner, args.lora_rank, None)
     explorers = [empty_model(name, dtype).requires_grad_(False) for name in args.explorer]
@@ -84,23 +87,33 @@ def plan(args, prompt_tokens):
     writers = explorers if args.schedule == "constant" and args.explorer_share == 1 else [learner, *explorers]
     cache = max(size(KVCache(model, rows, L).layers) for model in writers)
     micro = max(1, min(args.micro_batch_tokens // L, P * G // args.minibatches))
-    memory = {"sampling": held | {"keys and values": cache, "logits, probabilities": 4 * rows * learner.config.vocab_size * 4},
-              "update": held | update_memory(args, learner, micro, L)}
+    logits = 4 if min(args.top_p, args.explorer_top_p) == 1 else 8  # arrays of their size, in `draw`
+    memory = {"sampling": held | {"keys and values": cache, "logits, probabilities": logits * rows * learner.config.vocab_size * 4,
+                                  "rollouts": 16 * P * G * T},  # bytes a token
+              "update": held | update_memory(args, learner, micro, L) | {"rollouts, what is kept of each token": 36 * P * G * T}}
 
-    def forward(model, responses):
-        """FLOPs of so many sequences' forward pass: 2 a weight and token, attention to half of the tokens on average."""
+    def forward(model, first, last):
+        """FLOPs of positions first to last of a sequence: 2 a weight and token, and attention to all positions before."""
         c, matrices = model.config, sum(p.numel() for p in model.layers.parameters() if p.dim() > 1)
-        attention = 2 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * L * L
-        return responses * (2 * matrices * L + attention + 2 * full_head * T)
+        attention = 2 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * (last ** 2 - first ** 2)
+        return 2 * matrices * (last - first) + attention
+
+    def rollouts(model, number, prompts):
+        """Every prompt once for its group, then the responses."""
+        response = forward(model, prompt_tokens, L) + 2 * model.head.numel() * T
+        return number * response + prompts * forward(model, 0, prompt_tokens)
 
     splits = [split_group(explorer_share(step, args.mix_steps, args.schedule, args.explorer_share), G)
               for step in range(1, args.steps + 1)]
     by_explorers, by_learner = (P * sum(counts) / args.steps for counts in zip(*splits))
+    writing = [P * sum(count > 0 for count in counts) / args.steps for counts in zip(*splits)]
     frozen = (args.minibatches > 1) + bool(args.kl_coef)  # passes for pi_old and pi_ref
     passes = (2 if args.lora_rank else 3) + args.checkpoint_layers + frozen  # LoRA: no gradient of the large matrices
-    flops = {"rollouts by explorers": sum(forward(model, by_explorers / len(explorers)) for model in explorers),
-             "rollouts by the learner": forward(learner, by_learner),
-             "all rollouts by the learner (GRPO)": forward(learner, P * G), "update": passes * forward(learner, P * G)}
+    head = 2 * learner.head.numel() * T * (passes + (not args.checkpoint_layers))  # its logits are always made again
+    flops = {"rollouts by explorers": sum(rollouts(model, by_explorers / len(explorers), writing[0]) for model in explorers),
+             "rollouts by the learner": rollouts(learner, by_learner, writing[1]),
+             "all rollouts by the learner (GRPO)": rollouts(learner, P * G, P),
+             "update": P * G * (passes * forward(learner, 0, L) + head)}
     return memory, flops
 
 
@@ -112,8 +125,8 @@ def main():
     args.explorer = [] if args.explorer == ["none"] or args.schedule == "none" else args.explorer or []
     args.schedule = args.schedule if args.explorer or args.explorer_pool else "none"
     args.mix_steps = args.mix_steps or max(1, args.steps // 2)
-    if args.learner is None:
-        parser.error("--learner is needed")
+    if args.learner is None or not 1 <= args.minibatches <= args.prompts_per_step:
+        parser.error("--learner is needed, and --minibatches between 1 and --prompts-per-step")
     try:
         memory, flops = plan(args, own.prompt_tokens)
     except (ValueError, OSError) as error:
