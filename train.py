@@ -110,7 +110,7 @@ def parse_args(argv=None):
     add("--explorer-share", type=float, default=0.5, help="the share of --schedule constant and rescue")
     add("--mix", choices=MIXES, default="joint", help=explained(MIXES))
     add = parser.add_argument_group("rollouts (sample.py)").add_argument
-    add("--steps", type=int, default=60, help="T, steps in all")
+    add("--steps", type=int, default=40, help="T, steps in all")
     add("--prompts-per-step", type=int, default=16, help="P")
     add("--group-size", type=int, default=16, help="G, rollouts per prompt")
     add("--max-new-tokens", type=int, default=16, help="longest response")
@@ -120,7 +120,7 @@ def parse_args(argv=None):
     add("--explorer-top-p", type=float, default=1.0, help="the paper's is 0.95")
     add("--rollout-rows", type=int, default=1024, help="rows sampled at once, in whole groups: lower it to save memory")
     add = parser.add_argument_group("update (grpo.py)").add_argument
-    add("--lr", type=float, default=2e-4, help="AdamW's learning rate, constant; 1e-6 for billions of parameters")
+    add("--lr", type=float, default=8e-4, help="AdamW's learning rate, constant; 1e-6 for billions of parameters")
     add("--minibatches", type=int, default=2, help="optimiser steps per training step; with 1 the clip acts on nothing but "
         "--off-policy behaviour")
     add("--micro-batch-tokens", type=int, default=8192, help="tokens per forward and backward pass, prompts and padding counted: "
@@ -138,7 +138,7 @@ def parse_args(argv=None):
     add("--kl-estimator", choices=("k1", "k2", "k3"), default="k3", help="how the KL is estimated from tokens")
     add("--max-grad-norm", type=float, default=1.0, help="gradients are scaled down to this norm")
     add = parser.add_argument_group("run").add_argument
-    add("--eval-every", type=int, default=10, help="steps between evaluations; 0: only before and after")
+    add("--eval-every", type=int, default=5, help="steps between evaluations; 0: only before and after")
     add("--eval-problems", type=int, default=256, help="held-out problems used")
     add("--eval-n", type=int, default=32, help="rollouts per held-out problem")
     add("--eval-temperature", type=float, default=1.0, help="sampling temperature of evaluations, which have no nucleus")
