@@ -1144,7 +1144,7 @@ def test_trap_24_resume_equals_never_having_stopped(more, family, tmp_path):
     _, anew = train_here(family, tmp_path / "never", "--resume", *more)  # nothing saved yet: from the beginning
     assert anew == lines
     changed = run_cli("train.py", *flags(family, tmp_path / "resumed", "--resume", *more, "--lr", 1e-3))
-    assert changed.returncode == 2 and "--lr 0.0002 -> 0.001" in changed.stderr
+    assert changed.returncode == 2 and "--lr 0.0008 -> 0.001" in changed.stderr
 
 
 def test_trap_28_no_explorer_is_plain_grpo_to_the_bit_and_the_explorer_stays_frozen(family, tmp_path, monkeypatch):
