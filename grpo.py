@@ -18,7 +18,7 @@ Shapes: P prompts, G rollouts each, N = P*G rows, T response tokens, L prompt an
 import numpy as np
 import torch
 
-from model import fused_logprobs
+from model import fitting, fused_logprobs
 
 LOSSES = ("grpo", "dapo", "dr_grpo", "gspo")
 OFF_POLICY = ("recompute", "behaviour", "truncated", "geometric", "positive")
@@ -161,37 +161,46 @@ def update(args, learner, reference, optimizer, prompts, rollouts, advantages, g
     def logprobs(model, rows):
         return response_logprobs(model, [row_prompts[i] for i in rows.tolist()], ids[rows], mask[rows], args.temperature)
 
+    def in_micro_batches(rows, work):
+        """[work(part) for slices of these rows], smaller ones where memory does not suffice."""
+        def attempt():
+            optimizer.clear()  # what an attempt that came to nothing has left
+            return [work(part) for part in micro_batches([sizes[row] for row in rows.tolist()], args.micro_batch_tokens)]
+        return fitting(args, "micro_batch_tokens", max(sizes), attempt)
+
     @torch.no_grad()
     def frozen_logprobs(model):
         rows = torch.arange(P * G, device=device)
-        return torch.cat([logprobs(model, rows[part])[0] for part in micro_batches(sizes, args.micro_batch_tokens)])
+        return torch.cat(in_micro_batches(rows, lambda part: logprobs(model, rows[part])[0]))
 
     # pi_old [N, T] is held fixed while theta moves, or nothing would ever clip. Before a single update it does not move,
     # and the update's own forward pass gives the same numbers.
     learner_logps = frozen_logprobs(learner) if args.minibatches > 1 else None
     reference_logps = frozen_logprobs(reference) if reference else None
 
+    def gradient(rows, weights):
+        """Adds a micro-batch's gradient to the mini-batch's. Returns (loss, KL, per-token metrics)."""
+        logps, entropies = logprobs(learner, rows)
+        before = logps.detach() if learner_logps is None else learner_logps[rows]
+        old_logps, importance = off_policy_correction(args.off_policy, before, sampler_logps[rows], from_explorer[rows],
+                                                      A[rows], mask[rows])
+        loss, ratio, clipped = policy_loss(logps, old_logps, A[rows], weights * importance, mask[rows],
+                                           args.clip_low, args.clip_high, sequence_ratio=args.loss == "gspo")
+        kl = kl_penalty(logps, reference_logps[rows], weights, mask[rows], args.kl_estimator) if reference else torch.zeros(())
+        loss = loss + args.kl_coef * kl
+        loss.backward()
+        optimizer.accumulate()
+        return loss.item(), kl.item(), (rows, ratio, clipped.float(), entropies, (before - sampler_logps[rows]).abs())
+
     losses, kls, grad_norms, parts = [], [], [], []
     for groups in torch.randperm(P, generator=generator).to(device).tensor_split(args.minibatches):
         minibatch = (groups[:, None] * G + torch.arange(G, device=device)).flatten()  # whole groups: [P/m, G] -> [rows]
         all_weights = token_weights(mask[minibatch], args.loss, args.max_new_tokens)
-        for part in micro_batches([sizes[row] for row in minibatch.tolist()], args.micro_batch_tokens):
-            rows, weights = minibatch[part], all_weights[part]
-            logps, entropies = logprobs(learner, rows)
-            before = logps.detach() if learner_logps is None else learner_logps[rows]
-            old_logps, importance = off_policy_correction(args.off_policy, before, sampler_logps[rows], from_explorer[rows],
-                                                          A[rows], mask[rows])
-            loss, ratio, clipped = policy_loss(logps, old_logps, A[rows], weights * importance, mask[rows],
-                                               args.clip_low, args.clip_high, sequence_ratio=args.loss == "gspo")
-            if reference:
-                kl = kl_penalty(logps, reference_logps[rows], weights, mask[rows], args.kl_estimator)
-                loss = loss + args.kl_coef * kl
-                kls.append(kl.item())
-            loss.backward()
-            optimizer.accumulate()
-            losses.append(loss.item())
-            parts.append((rows, ratio, clipped.float(), entropies, (before - sampler_logps[rows]).abs()))
-        grad_norms.append(optimizer.step(args.max_grad_norm))
+        found = in_micro_batches(minibatch, lambda part: gradient(minibatch[part], all_weights[part]))
+        losses.append(sum(loss for loss, _, _ in found))
+        kls.append(sum(kl for _, kl, _ in found))
+        parts += [per_token for _, _, per_token in found]
+        grad_norms.append(optimizer.step(args.max_grad_norm, losses[-1]))
 
     order, ratio, clipped, entropies, gap = map(torch.cat, zip(*parts))  # every row once, in the order it was trained on
     per_token = {"ratio": ratio, "clip_fraction": clipped, "entropy": entropies, "logp_gap": gap}
@@ -220,6 +229,7 @@ class Optimizer:
         self.weights = [w for w in model.parameters() if w.requires_grad]
         self.masters = [w if w.dtype == torch.float32 else w.detach().float() for w in self.weights]
         self.dtype, fused = dtype, self.weights[0].device.type != "mps"
+        self.moved = False  # whether there was an update since this was last set to False: train.py Run
         # With rounded moments one optimiser for each weight, so that only one weight's are ever wide.
         sets = [self.masters] if dtype == torch.float32 else [[master] for master in self.masters]
         self.adamw = [torch.optim.AdamW(masters, lr=lr, weight_decay=0.0, fused=fused) for masters in sets]
@@ -231,18 +241,25 @@ class Optimizer:
                 gradient, weight.grad = weight.grad.float(), None
                 master.grad = gradient if master.grad is None else master.grad + gradient
 
-    def step(self, max_norm):
+    def step(self, max_norm, loss=0.0):
         """One update from the accumulated gradients, which it clears. Returns the gradient's norm before it is scaled
-        down to max_norm; where that is not finite, nothing is updated."""
+        down to max_norm. Where that or the loss is not finite, nothing is updated and nan returned."""
         norm = torch.nn.utils.clip_grad_norm_(self.masters, max_norm).item()
+        if not np.isfinite(norm + loss):
+            self.clear()
+            return np.nan
+        self.moved = True
         for adamw in self.adamw:
-            if np.isfinite(norm):
-                self.cast_moments(adamw, torch.float32)
-                adamw.step()
-                self.cast_moments(adamw, self.dtype)
-            adamw.zero_grad()
+            self.cast_moments(adamw, torch.float32)
+            adamw.step()
+            self.cast_moments(adamw, self.dtype)
+        self.clear()
         self.copy_masters()
         return norm
+
+    def clear(self):
+        for weight in (*self.weights, *self.masters):
+            weight.grad = None
 
     def cast_moments(self, adamw, dtype):
         for state in adamw.state.values():
@@ -261,9 +278,12 @@ class Optimizer:
 
     @torch.no_grad()
     def restore(self, state):
+        """ValueError for the state of a model of other sizes."""
+        if [saved.shape for saved in state["masters"]] != [master.shape for master in self.masters]:
+            raise ValueError("it holds weights of other sizes")
         for master, saved in zip(self.masters, state["masters"]):
             master.copy_(saved)
-        for adamw, saved in zip(self.adamw, state["adamw"]):
+        for adamw, saved in zip(self.adamw, state["adamw"], strict=True):
             adamw.load_state_dict(saved)
             self.cast_moments(adamw, self.dtype)  # which AdamW widens, exactly
         self.copy_masters()

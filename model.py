@@ -13,6 +13,8 @@ import functools
 import json
 import math
 import os
+import shutil
+import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
 
 @dataclass
@@ -270,6 +273,28 @@ def compiled(function):
     return run
 
 
+class OutOfMemory(Exception):
+    """Memory does not suffice for the smallest batch there is."""
+
+
+def fitting(args, flag, least, work):
+    """work(), which reads args.<flag>, a batch size; where memory does not suffice, again with half of it, which stays so.
+    Anything random that `work` draws, it must draw anew. OutOfMemory where `least` does not fit either."""
+    while True:
+        try:
+            return work()
+        except RuntimeError as error:  # PyTorch's of the GPU is one too
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
+        # Only here, behind the `except`, are the tensors of the attempt let go of.
+        name, size = "--" + flag.replace("_", "-"), getattr(args, flag)
+        if size <= least:
+            raise OutOfMemory(f"out of memory even with {name} {size}: --dtype bfloat16, shorter --max-new-tokens, --lora-rank and "
+                              "--checkpoint-layers in training, or a smaller model need less (recipes/plan.py says how much)")
+        setattr(args, flag, max(least, size // 2))
+        tqdm.write(f"out of memory: going on with {name} {getattr(args, flag)}", file=sys.stderr)
+
+
 class _FusedLogProb(torch.autograd.Function):
     """Nothing of size [N, V] ever exists: the forward keeps one number per token and statistic, the backward computes
     each chunk's logits again (four GEMMs where the naive version needs three). The GEMMs write to one buffer [N, C];
@@ -346,6 +371,33 @@ def read_safetensors(path):
         yield name, data.view(SAFETENSORS_DTYPES[entry["dtype"]]).view(entry["shape"])
 
 
+def write_whole(path, write):
+    """write(file), so that `path` then holds all of it, or what it held before, whatever happens: a crash, a full disk."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())  # on the disk before its name is: else a power cut may leave the name of an empty file
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def lock(path):
+    """Keeps other processes from locking this file or directory, until os.close(what is returned) or until this process
+    ends, however it ends. ValueError if another has it."""
+    import fcntl  # not on Windows, where everything but training and writing pools works
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise ValueError(f"{path}: another process is writing there") from None
+    return handle
+
+
 def write_safetensors(path, tensors):
     names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
     header, offset = {"__metadata__": {"format": "pt"}}, 0  # transformers refuses a file without this note
@@ -355,10 +407,11 @@ def write_safetensors(path, tensors):
         offset = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # data starts 8-byte aligned
-    with open(path, "wb") as file:
+    def write(file):
         file.write(len(text).to_bytes(8, "little") + text)
         for t in tensors.values():
             file.write(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    write_whole(Path(path), write)
 
 
 def find_file(source, name, required=True):
@@ -453,13 +506,18 @@ def load(source, device="cpu", dtype=torch.float32):
 
 
 def save(model, tokenizer, directory):
-    """Writes config.json, model.safetensors and the tokeniser as transformers' `from_pretrained` reads them. Adapters are
-    merged first, for good; the matrices they adapt are float32 from then on."""
+    """Writes config.json, model.safetensors and the tokeniser as transformers' `from_pretrained` reads them, beside a directory
+    of that name, which it then replaces. Adapters are merged first, for good; the matrices they adapt are float32 from then
+    on."""
     merge_lora(model)
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
+    partial = directory.with_name(directory.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
     dtype = str(model.layers[0].self_attn.o_proj.weight.dtype).removeprefix("torch.")
-    (directory / "config.json").write_text(json.dumps(model.hf_config | {"dtype": dtype}, indent=2))
-    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": list(model.stop_ids)}))
-    write_safetensors(directory / "model.safetensors", hf_weights(model))
-    tokenizer.save_pretrained(directory)
+    (partial / "config.json").write_text(json.dumps(model.hf_config | {"dtype": dtype}, indent=2))
+    (partial / "generation_config.json").write_text(json.dumps({"eos_token_id": list(model.stop_ids)}))
+    write_safetensors(partial / "model.safetensors", hf_weights(model))
+    tokenizer.save_pretrained(partial)
+    shutil.rmtree(directory, ignore_errors=True)
+    os.replace(partial, directory)

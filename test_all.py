@@ -10,6 +10,7 @@ import gc
 import itertools
 import json
 import math
+import os
 import random
 import re
 import shutil
@@ -1088,7 +1089,7 @@ def test_cli_two_steps_and_what_it_leaves(family, tmp_path):
     out = run_cli("train.py", *flags(family, tmp_path / "run", "--steps", 2, "--eval-every", 1))
     assert out.returncode == 0, out.stderr
     names = {path.name for path in (tmp_path / "run").iterdir()}
-    assert names == {"config.json", "metrics.jsonl", "pass_at_k.json", "rollouts", "checkpoint.pt", "learner", "curve.png",
+    assert names == {"config.json", "metrics.jsonl", "pass_at_k.json", "rollouts", "checkpoint_000002.pt", "learner", "curve.png",
                      "first_prompt.txt"}
     lines = read_metrics(tmp_path / "run")
     assert [line["step"] for line in lines] == [0, 1, 2] and all("eval_strict_pass@16" in line for line in lines)
@@ -1118,22 +1119,30 @@ def test_a_family_is_made_whole_and_its_problems_are_apart(tmp_path):
 @pytest.mark.parametrize("more", [(), ("--dtype", "bfloat16", "--kl-coef", 0.1, "--lr", 1e-2), ("--lora-rank", 2, "--kl-coef", 0.1,
                                   "--lr", 1e-2, "--optimizer-dtype", "bfloat16", "--checkpoint-layers"),
                                   ("--schedule", "measured"), ("--mix", "separate", "--mix-steps", 4)])
-def test_trap_24_resume_equals_never_having_stopped(more, family, tmp_path):
+def test_trap_24_resume_equals_never_having_stopped(more, family, tmp_path, monkeypatch):
     shutil.copytree(family / "explorer", tmp_path / "explorer")  # an explorer with a stop token of its own
     (tmp_path / "explorer" / "generation_config.json").write_text('{"eos_token_id": [0, 5]}')
     more = ("--explorer", tmp_path / "explorer", *more)
     straight, lines = train_here(family, tmp_path / "straight", *more)
     assert train_here(family, tmp_path / "again", *more)[1] == lines  # the same seed, the same metrics to the last digit
     assert all(line["grad_norm"] > 0 for line in lines[1:])  # and there was something to learn at every step
-    interrupted = training.parse_args([str(flag) for flag in flags(family, tmp_path / "resumed", "--save-every", 1, *more)])
-    training.resolve_args(interrupted)
-    run = training.Run(interrupted)
-    record = run.record
-    run.record = lambda step, *a, **k: (record(step, *a, **k), setattr(run, "interrupted", step == 2))
-    training.train(interrupted, run)
-    run.write({"step": 3})  # a step that was written but not saved is made again
-    with open(tmp_path / "resumed" / "metrics.jsonl", "a") as file:
-        file.write('{"step": 4, "torn')
+    args = training.parse_args([str(flag) for flag in flags(family, tmp_path / "resumed", "--save-every", 1, *more)])
+    training.resolve_args(args)
+    run, real = training.Run(args), training.sample_groups
+
+    def interrupted_in_step_3(*inputs):
+        if run.lines[-1]["step"] == 2:
+            run.interrupt(signal.SIGTERM, None)
+        return real(*inputs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "sample_groups", interrupted_in_step_3)
+        with pytest.raises(KeyboardInterrupt):
+            training.train(args, run)
+    run.save()
+    run.lines.append({"step": 3})
+    run.complete()  # a step that was written but not saved is made again
+    os.close(run.locked)
     out = run_cli("train.py", *flags(family, tmp_path / "resumed", "--resume", *more))
     assert out.returncode == 0, out.stderr
     assert read_metrics(tmp_path / "resumed") == lines
@@ -1219,10 +1228,12 @@ class Capture:
     def __init__(self, model):
         self.model = model
 
-    def accumulate(self):
+    def clear(self):
         pass
 
-    def step(self, max_norm):
+    accumulate = clear
+
+    def step(self, max_norm, loss):
         self.gradient = torch.cat([p.grad.flatten().clone() for p in self.model.parameters()])
         self.model.zero_grad()
         return 1.0
@@ -1265,7 +1276,7 @@ def test_as_many_optimiser_steps_as_asked_for(P, minibatches):
     model, steps = tiny_model(), []
     rollouts = sampling.sample(model, [[5, 6]] * P, 2, seeded(), 3)
     args = training.parse_args(["--minibatches", str(minibatches), "--max-new-tokens", "3"])
-    optimizer = SimpleNamespace(accumulate=lambda: None, step=lambda norm: steps.append(1) or 1.0)
+    optimizer = SimpleNamespace(clear=lambda: None, accumulate=lambda: None, step=lambda norm, loss: steps.append(1) or 1.0)
     grpo.update(args, model, None, optimizer, [[5, 6]] * P, rollouts, torch.randn(P, 2), seeded())
     assert len(steps) == minibatches
 
@@ -1364,7 +1375,7 @@ def test_an_explorer_that_has_left_is_freed(family, tmp_path):
     record = run.record
     run.record = lambda step, *more: (record(step, *more), setattr(run, "success", (0.01, 0.5)) if step == 2 else None)
     training.train(args, run)
-    assert [line["rollouts_explorer"] > 0 for line in run.metrics()[1:]] == [True, True, False, False] and run.explorers == []
+    assert [line["rollouts_explorer"] > 0 for line in run.lines[1:]] == [True, True, False, False] and run.explorers == []
 
 
 def test_several_explorers_share_the_explorers_rollouts(family, tmp_path, monkeypatch):
@@ -1494,7 +1505,7 @@ def test_trap_21_rollouts_are_never_encoded_again(family, tmp_path, monkeypatch)
     run = training.Run(args)
     run.eval_problems, run.tokenizer = [], SimpleNamespace(decode=run.tokenizer.decode)
     training.train(args, run)
-    assert [line["step"] for line in run.metrics()] == [1, 2, 3, 4] and any(line["grad_norm"] for line in run.metrics())
+    assert [line["step"] for line in run.lines] == [1, 2, 3, 4] and any(line["grad_norm"] for line in run.lines)
 
 
 def test_ratio_is_one_before_the_first_update(family, tmp_path):
@@ -1664,8 +1675,8 @@ def test_ctrl_c_leaves_a_usable_run(family, tmp_path):
     process.send_signal(signal.SIGINT)
     stdout, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and "--resume" in stdout
-    assert {"checkpoint.pt", "learner", "curve.png"} <= {path.name for path in out.iterdir()}
-    saved = torch.load(out / "checkpoint.pt", weights_only=True)
+    assert {"learner", "curve.png"} <= {path.name for path in out.iterdir()}
+    saved = torch.load(max(out.glob("checkpoint_*.pt")), weights_only=True)
     assert saved["step"] == read_metrics(out)[-1]["step"]
     models.load(out / "learner")
 

@@ -16,6 +16,7 @@ Shapes: P prompts a step, G rollouts a prompt (one group).
 """
 import argparse
 import copy
+import itertools
 import json
 import os
 import shlex
@@ -32,11 +33,13 @@ import reward
 from anneal import MIXES, SCHEDULES, Explorer, explorer_share, observe, sample_groups, split_group
 from eval import draw_run, evaluate, pass_at_k, powers_of_two, table
 from grpo import LOSSES, OFF_POLICY, Optimizer, group_advantages, update
-from model import add_lora, load, save
+from model import OutOfMemory, add_lora, fitting, load, lock, save, write_whole
 from sample import Pool, add_prompt_flags, check_lengths, decode, encode_prompt, mix, pick_device
 
 COMPILE_FROM = 5_000_000  # tokens: where torch.compile has earned its minute on the laptop's models (bench/README.md)
 LEARNER, EXPLORER, MINIBATCH, EVALUATION, ADAPTER = range(5)  # what a random stream is for
+FREE = {"resume", "force", "overwrite", "out", "device", "compile", "eval_every", "save_every", "keep", "max_bad_steps",
+        "rollout_rows", "micro_batch_tokens", "checkpoint_layers"}  # flags that a resumed run may change: no part of the experiment
 
 
 def generator(seed, step, purpose):
@@ -67,15 +70,16 @@ def one_update(args, run, step, batch, n_explorer, n_learner):
     problems, prompts = [run.problems[i] for i in batch], [run.prompts[i] for i in batch]
     clock = [time.perf_counter()]
     failed = lambda rollouts: (judge(run, problems, rollouts)[1][..., 1].amax(1) == 0).tolist()
-    rollouts = sample_groups(args, run, prompts, n_explorer, n_learner, generator(args.seed, step, EXPLORER),
-                             generator(args.seed, step, LEARNER), failed)                       # O
+    rollouts = fitting(args, "rollout_rows", args.group_size, lambda: sample_groups(
+        args, run, prompts, n_explorer, n_learner, generator(args.seed, step, EXPLORER),
+        generator(args.seed, step, LEARNER), failed))                                           # O
     clock.append(time.perf_counter())
     texts, scores = judge(run, problems, rollouts)                                              # [P, G, (answer, strict)]
     advantages = group_advantages(scores[..., 1], scale=args.loss != "dr_grpo")                 # [P, G], combined group
-    run.success = observe(run.success, scores[..., 1], rollouts.from_explorer)
     clock.append(time.perf_counter())
     metrics = update(args, run.learner, run.reference, run.optimizer, prompts, rollouts,        # theta <- GRPO update
                      advantages, generator(args.seed, step, MINIBATCH))
+    run.success = observe(run.success, scores[..., 1], rollouts.from_explorer)
     metrics |= {"groups_all_fail": (scores[..., 1].amax(1) == 0).float().mean().item(),
                 "groups_all_pass": (scores[..., 1].amin(1) == 1).float().mean().item()}
     clock.append(time.perf_counter())
@@ -142,8 +146,13 @@ def parse_args(argv=None):
     add("--eval-problems", type=int, default=256, help="held-out problems used")
     add("--eval-n", type=int, default=32, help="rollouts per held-out problem")
     add("--eval-temperature", type=float, default=1.0, help="sampling temperature of evaluations, which have no nucleus")
+    add("--max-bad-steps", type=int, default=5, help="stop after so many steps in a row in which an update was skipped, its loss or "
+        "gradient not being finite")
     add("--save-every", type=int, default=20, help="steps between checkpoints; 0: only at the end")
-    add("--resume", action="store_true", help="continue the run in --out from its checkpoint")
+    add("--keep", type=int, default=2, help="checkpoints kept, the newest")
+    add("--resume", action="store_true", help="continue the run in --out from its newest checkpoint")
+    add("--force", action="store_true", help="resume although flags that change the experiment are others now")
+    add("--overwrite", action="store_true", help="replace the run in --out")
     add("--seed", type=int, default=0, help="of problems' order, rollouts, mini-batches and evaluations")
     add("--device", default="auto", help="auto: cuda, then mps, then cpu")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights; updates are made in float32")
@@ -180,11 +189,12 @@ def resolve_args(args):
              "--temperature and --explorer-temperature must be above 0: greedy rollouts of a group are all the same"),
             (not (0 < args.top_p <= 1 and 0 < args.explorer_top_p <= 1), "--top-p and --explorer-top-p must lie in (0, 1]"),
             (args.seed < 0, "--seed must be at least 0"), (args.lora_rank < 0, "--lora-rank must be at least 0"),
-            (args.resume and not args.out, "--resume needs --out: the directory of the run to continue")):
+            (args.resume and not args.out, "--resume needs --out: the directory of the run to continue"),
+            (args.resume and args.overwrite, "--resume and --overwrite: leave one of them out")):
         if wrong:
             raise ValueError(message)
     for flag in ("steps", "mix_steps", "prompts_per_step", "max_new_tokens", "micro_batch_tokens", "rollout_rows",
-                 "eval_problems", "eval_n"):
+                 "eval_problems", "eval_n", "max_bad_steps", "keep"):
         if getattr(args, flag) < 1:
             raise ValueError(f"--{flag.replace('_', '-')} must be at least 1")
     if laptop:
@@ -199,15 +209,14 @@ def resolve_args(args):
         args.eval_data = args.eval_data or str(family / "heldout.jsonl")
     args.explorer = args.explorer or []
     args.out = args.out or str(Path("runs", time.strftime("%Y%m%d-%H%M%S")))
-    config = Path(args.out, "config.json")
-    if config.exists() and not args.resume:
-        raise ValueError(f"{args.out} already holds a run: --resume continues it, another --out starts anew")
-    if config.exists():
-        before, free = json.loads(config.read_text()), {"resume", "out", "device", "compile", "eval_every", "save_every"}
+    if (config := Path(args.out, "config.json")).exists() and not args.overwrite:
+        if not args.resume:
+            raise ValueError(f"{args.out} already holds a run: --resume continues it, --overwrite replaces it")
+        before = json.loads(config.read_text())
         changed = [f"--{name.replace('_', '-')} {before.get(name)} -> {value}" for name, value in vars(args).items()
-                   if name not in free and before.get(name) != value]
-        if changed:
-            raise ValueError(f"--resume with other settings than {args.out} began with: {', '.join(changed)}")
+                   if name not in FREE and before.get(name) != value]
+        if changed and not args.force:
+            raise ValueError(f"--resume with other settings than {args.out} began with (--force does it): {', '.join(changed)}")
 
 
 def compare_tokenizers(learner, explorer):
@@ -220,15 +229,23 @@ def compare_tokenizers(learner, explorer):
                 f"as {token!r}: id {a.get(token)} and {b.get(token)}")
 
 
+def as_json(line):
+    return json.dumps({key: None if isinstance(x, float) and not np.isfinite(x) else x for key, x in line.items()}) + "\n"
+
+
 class Run:
     """What a run holds (models, optimiser, problems) and what it leaves in --out: config.json, metrics.jsonl (a line a
-    step), pass_at_k.json, rollouts/ (one group at each evaluation), checkpoint.pt, learner/, curve.png."""
+    step), pass_at_k.json, rollouts/ (one group at each evaluation), checkpoint_*.pt, learner/, curve.png.
+
+    A checkpoint is a run between two steps: trained weights, AdamW's moments, the metrics so far, e and l of --schedule
+    measured. No state of random generators and no place in the data: both follow from (seed, step)."""
 
     def __init__(self, args):
-        """Loads everything and checks that it fits together. ValueError or OSError, one line, on what does not."""
+        """Loads everything and checks that it fits together, before anything is written. ValueError or OSError, one line, on
+        what does not."""
         device, dtype = pick_device(args.device), getattr(torch, args.dtype)
-        self.args, self.out, self.interrupted, self.warned = args, Path(args.out), False, False
-        self.success = (0.5, 0.5)  # e and l of --schedule measured
+        self.args, self.out, self.locked, self.stopped, self.warned = args, Path(args.out), None, None, False
+        self.first_step, self.lines, self.success = 1, [], (0.5, 0.5)
         self.learner, self.tokenizer = load(args.learner, device, dtype)
         tokens = args.steps * args.prompts_per_step * args.group_size * args.max_new_tokens
         self.learner.compiled = args.compile == "on" or (args.compile == "auto" and tokens >= COMPILE_FROM and device != "mps")
@@ -244,19 +261,10 @@ class Run:
         if args.lora_rank:
             add_lora(self.learner, args.lora_rank, generator(args.seed, 0, ADAPTER))
         self.learner.checkpoint_layers = args.checkpoint_layers
-        self.optimizer, self.first_step = Optimizer(self.learner, args.lr, getattr(torch, args.optimizer_dtype)), 1
-        if args.resume and (self.out / "checkpoint.pt").exists():
-            try:
-                state = torch.load(self.out / "checkpoint.pt", map_location="cpu", weights_only=True)
-                self.optimizer.restore(state["optimizer"])
-                self.success = tuple(state["success"])
-            except Exception as error:  # whatever a damaged file makes of the unpickler
-                raise ValueError(f"{self.out}/checkpoint.pt cannot be read: {' '.join(str(error).split())[:200]}") from None
-            self.first_step, self.learner.stop_ids = state["step"] + 1, tuple(state["stop_ids"])
-        elif args.resume:
-            print(f"--resume: nothing is saved in {self.out} yet, so from the beginning")
-        share = lambda step: explorer_share(step, args.mix_steps, args.schedule, args.explorer_share, self.success)
-        self.last_explorer_step = max((step for step in range(1, args.steps + 1) if share(step) > 0), default=0)
+        self.optimizer = Optimizer(self.learner, args.lr, getattr(torch, args.optimizer_dtype))
+        if args.resume:
+            self.restore()
+        self.last_explorer_step = max((step for step in range(1, args.steps + 1) if self.share(step) > 0), default=0)
         self.explorers = []
         for name in args.explorer if self.first_step <= self.last_explorer_step else ():
             model, tokenizer = load(name, device, dtype)
@@ -272,7 +280,7 @@ class Run:
                                   Explorer(model, self.tokenizer, None))
         self.pool = Pool(args.explorer_pool, self.learner.num_tokens) if args.explorer_pool else None
         if self.pool and not self.explorers:
-            self.check_stock(share)
+            self.check_stock()
         # One end for all who share a tokeniser: else a base learner would learn a stop token of an instruct explorer and not
         # stop at it.
         kin = [self.learner, *(explorer.model for explorer in self.explorers if not explorer.prompts)]
@@ -281,11 +289,9 @@ class Run:
             model.stop_ids = stop_ids
         self.stop_id = self.tokenizer.eos_token_id if self.tokenizer.eos_token_id in stop_ids else max(stop_ids, default=0)
 
-        self.out.mkdir(parents=True, exist_ok=True)
-        (self.out / "config.json").write_text(json.dumps(vars(args) | {"resume": False}, indent=2))
-        kept = [line for line in self.metrics() if line["step"] < self.first_step] if self.first_step > 1 else []
-        (self.out / "metrics.partial").write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(self.out / "metrics.partial", self.out / "metrics.jsonl")  # steps after the checkpoint come again
+        self.claim()
+        self.keep("config.json", json.dumps(vars(args) | {"resume": False, "force": False, "overwrite": False}, indent=2))
+        self.keep("metrics.jsonl", "".join(map(as_json, self.lines[:-1])))  # the last one by `complete`
         size = lambda model: f"{sum(p.numel() for p in model.parameters()):,} parameters"
         trained = f", of which LoRA trains {sum(w.numel() for w in self.optimizer.weights):,}" if args.lora_rank else ""
         print(f"learner   {args.learner}: {size(self.learner)}{trained}, on {device}")
@@ -298,15 +304,18 @@ class Run:
         print(f"compile   {'on' if self.learner.compiled else 'off'} (--compile {args.compile}: up to {tokens:,} tokens to "
               f"write, on from {COMPILE_FROM:,})")
         first_prompt = self.tokenizer.decode(self.prompts[0])
-        (self.out / "first_prompt.txt").write_text(first_prompt)
+        self.keep("first_prompt.txt", first_prompt)
         print(f"problems  {len(self.problems)} to train on, {len(self.eval_problems)} held out; the first prompt:\n"
               f"          {first_prompt!r}")
 
-    def check_stock(self, share):
+    def share(self, step):
+        return explorer_share(step, self.args.mix_steps, self.args.schedule, self.args.explorer_share, self.success)
+
+    def check_stock(self):
         """ValueError if the pool has not enough rollouts of some prompt for the steps to come."""
         args, wanted = self.args, {}
         for step in range(self.first_step, self.last_explorer_step + 1):
-            n, _ = split_group(share(step), args.group_size)
+            n, _ = split_group(self.share(step), args.group_size)
             n = args.group_size - 1 if args.schedule == "measured" else n  # not known beforehand
             for i in batch_of(step, args.prompts_per_step, len(self.problems), args.seed):
                 wanted[i] = max(n, wanted.get(i, 0))
@@ -317,67 +326,130 @@ class Run:
                              f"run asks, such as {missing[i]} of {wanted[i]} for {self.problems[i].question[:40]!r}: write more "
                              f"with sample.py --n {max(wanted.values())}, or add --explorer to make them up")
 
-    def metrics(self):
-        path = self.out / "metrics.jsonl"
-        lines = path.read_text().split("\n")[:-1] if path.exists() else []  # without a last line that was cut short
-        return [json.loads(line) for line in lines]
+    def claim(self):
+        """Makes --out this run's alone for as long as it lives. ValueError if it is another's."""
+        if self.locked is None:
+            self.out.mkdir(parents=True, exist_ok=True)
+            self.locked = lock(self.out)
+        if (self.out / "config.json").exists() and not (self.args.resume or self.args.overwrite):
+            raise ValueError(f"{self.out} already holds a run: --resume continues it, --overwrite replaces it")
+        if self.args.overwrite:
+            for path in (*self.out.glob("checkpoint_*"), self.out / "metrics.jsonl", self.out / "pass_at_k.json"):
+                path.unlink(missing_ok=True)
 
-    def write(self, line):
-        with open(self.out / "metrics.jsonl", "a") as file:
-            finite = {key: None if isinstance(x, float) and not np.isfinite(x) else x for key, x in line.items()}
-            file.write(json.dumps(finite) + "\n")  # NaN is not JSON
+    def restore(self):
+        """Takes up the newest checkpoint, or, where that is damaged, the one before. ValueError if all there are damaged."""
+        if self.out.exists():
+            self.claim()
+        damaged = []
+        for path in sorted(self.out.glob("checkpoint_*.pt"), reverse=True):
+            try:
+                state = torch.load(path, map_location="cpu", weights_only=True)
+                self.optimizer.restore(state["optimizer"])
+                self.lines = [json.loads(line) for line in state["metrics"].splitlines()]
+                self.first_step, self.success = state["step"] + 1, tuple(state["success"])
+                self.learner.stop_ids = tuple(state["stop_ids"])
+            except Exception as error:  # whatever a damaged file makes of the unpickler
+                damaged.append((path, f"{path} cannot be read: {' '.join(str(error).split())[:200]}"))
+                continue
+            for bad, why in damaged:
+                print(f"warning: {why}; going on from {path.name}", file=sys.stderr)
+                os.replace(bad, bad.with_suffix(".damaged"))
+            return
+        if damaged:
+            raise ValueError(damaged[0][1])
+        print(f"--resume: nothing is saved in {self.out} yet, so from the beginning")
+
+    def save(self):
+        """Writes a checkpoint of the last whole step and removes all but the newest --keep. If that fails, for want of space
+        say, it warns: the run goes on, and the older ones stay."""
+        if not self.lines:
+            return
+        step = self.lines[-1]["step"]
+        state = {"step": step, "optimizer": self.optimizer.state(), "success": self.success,
+                 "stop_ids": self.learner.stop_ids, "metrics": "".join(map(as_json, self.lines))}
+        try:
+            write_whole(self.out / f"checkpoint_{step:06d}.pt", lambda file: torch.save(state, file))
+            for old in sorted(self.out.glob("checkpoint_*.pt"))[:-self.args.keep]:
+                old.unlink()
+        except (OSError, RuntimeError) as error:  # PyTorch has its own for a file that cannot be written to the end
+            self.warn(f"step {step} is not saved: {str(error).splitlines()[0]}")
+
+    def keep(self, name, text):
+        """Writes a file of the run; if that fails it warns, for no file but a checkpoint is needed to go on."""
+        try:
+            (self.out / name).parent.mkdir(exist_ok=True)
+            write_whole(self.out / name, lambda file: file.write(text.encode()))
+        except OSError as error:
+            self.warn(f"{name} is not written: {error.strerror}")
+
+    def warn(self, message):
+        tqdm.write(f"warning: {message}", file=sys.stderr)
 
     def evaluate(self, model, curve_name=None, tokenizer=None):
         """Metrics of a model on the held-out problems, with the same random numbers every time, so that evaluations
         differ by the model alone. With a name, its strict pass@k curve goes to pass_at_k.json."""
         args = self.args
-        result = evaluate(model, tokenizer or self.tokenizer, self.eval_problems, args.eval_n, generator(args.seed, 0, EVALUATION),
-                          args.max_new_tokens, template=args.template, thinking=args.thinking,
-                          temperature=args.eval_temperature, rows=args.rollout_rows)
+        result = fitting(args, "rollout_rows", args.eval_n, lambda: evaluate(
+            model, tokenizer or self.tokenizer, self.eval_problems, args.eval_n, generator(args.seed, 0, EVALUATION),
+            args.max_new_tokens, template=args.template, thinking=args.thinking, temperature=args.eval_temperature,
+            rows=args.rollout_rows))
         if curve_name:
             path, ks = self.out / "pass_at_k.json", powers_of_two(args.eval_n)
             curves = json.loads(path.read_text()) if path.exists() else {"k": ks}
             curves[curve_name] = [pass_at_k(result["strict"], args.eval_n, k) for k in ks]
-            path.write_text(json.dumps(curves))
+            self.keep("pass_at_k.json", json.dumps(curves))
         return {f"eval_{prefix}pass@{k}": pass_at_k(result[kind], args.eval_n, k)
                 for prefix, kind in (("", "answer"), ("strict_", "strict")) for k in (1, 16) if k <= args.eval_n}
 
     def before_training(self):
         print(f"pass@k before training: {len(self.eval_problems)} held-out problems, {self.args.eval_n} rollouts each")
-        self.write({"step": 0} | self.evaluate(self.learner, "learner before"))
+        self.lines.append({"step": 0} | self.evaluate(self.learner, "learner before"))
         for i, explorer in enumerate(self.explorers, 1):
             self.evaluate(explorer.model, "explorer" if len(self.explorers) == 1 else f"explorer {i}", explorer.tokenizer)
         curves = json.loads((self.out / "pass_at_k.json").read_text())
         print(table(curves.pop("k"), curves))
 
     def steps(self):
-        """Yields the steps to take under a progress bar, saving on the way. Ctrl-C ends it after the current step."""
-        if self.first_step == 1 and self.eval_problems:
+        """Yields the steps to take under a progress bar, saving on the way."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
+            signal.signal(number, self.interrupt)
+        if not self.lines and self.eval_problems:
             self.before_training()
-
-        def interrupt(signum, frame):
-            self.interrupted = True
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            self.bar.write("Ctrl-C: finishing this step, then saving; once more quits at once", file=sys.stderr)
-
+        self.complete()
         self.bar = tqdm(total=self.args.steps, initial=self.first_step - 1, desc="training", dynamic_ncols=True)
-        before = signal.signal(signal.SIGINT, interrupt)
         for step in range(self.first_step, self.args.steps + 1):
             yield step
-            left = self.args.schedule == "measured" and not explorer_share(step, 1, "measured", success=self.success)
+            left = self.args.schedule == "measured" and not self.share(step)
             if left or step >= self.last_explorer_step:
                 self.explorers = []  # frozen, and never asked again: give their memory back
             self.bar.update()
-            last = self.interrupted or step == self.args.steps
-            if last or (self.args.save_every and step % self.args.save_every == 0):
-                state = {"step": step, "optimizer": self.optimizer.state(), "success": self.success,
-                         "stop_ids": self.learner.stop_ids}
-                torch.save(state, self.out / "checkpoint.partial")
-                os.replace(self.out / "checkpoint.partial", self.out / "checkpoint.pt")  # always a whole one
-            if last:
-                break
-        signal.signal(signal.SIGINT, before)
+            due = self.args.save_every and step % self.args.save_every == 0
+            if step == self.args.steps or (due and not self.lines[-1]["skipped_updates"]):
+                self.save()
         self.bar.close()
+
+    def interrupt(self, number, frame):
+        """SIGINT (Ctrl-C) and SIGTERM: stops at once where the weights are those of a whole step. Within an update it lets the
+        step end, for 8 seconds or until the next signal."""
+        first, self.stopped = self.stopped is None, self.stopped or number
+        if first and self.optimizer.moved:
+            os.write(2, b"\nfinishing this update, then saving; once more quits at once\n")
+            signal.alarm(8)
+        else:
+            raise KeyboardInterrupt
+
+    def stop(self):
+        """After a signal: saves the last whole step, before it ends with what `finish` has done in 5 seconds."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        signal.alarm(0)
+        if self.optimizer.moved:
+            self.warn("the update under way is given up: --resume goes on from the last checkpoint")
+            sys.exit(128 + self.stopped)
+        self.save()
+        signal.signal(signal.SIGALRM, lambda *_: sys.exit(128 + self.stopped))
+        signal.alarm(5)
 
     def record(self, step, share, batch, updates):
         """Writes the step's line of metrics.jsonl (README has a glossary), after evaluating if it is time to. `updates`:
@@ -400,25 +472,54 @@ class Run:
                 "length_learner": mean(rollouts.lengths[~explorer]), "truncated": mean(~rollouts.finished),
                 **dict(zip(("seconds_sampling", "seconds_scoring", "seconds_training"), seconds)),
                 "tokens_per_second": rollouts.lengths.sum().item() / seconds[0]}
-        last = step == args.steps
-        if self.eval_problems and (last or (args.eval_every and step % args.eval_every == 0)):
-            line |= self.evaluate(self.learner, "learner after" if last else None)
+        self.lines.append(line)
+        self.optimizer.moved = False  # from here on the step is a whole one
+        if self.stopped:
+            raise KeyboardInterrupt
+        if self.is_evaluated(step):
             group = zip(explorer[0].tolist(), rewards[0].tolist(), texts[0])
-            (self.out / "rollouts").mkdir(exist_ok=True)
-            (self.out / "rollouts" / f"step_{step}.txt").write_text(self.problems[batch[0]].question + "\n\n" + "\n".join(
+            self.keep(f"rollouts/step_{step}.txt", self.problems[batch[0]].question + "\n\n" + "\n".join(
                 f"{'explorer' if by_explorer else 'learner'}, reward {r:g}: {text}" for by_explorer, r, text in group))
-        self.write(line)
+        self.complete()
         self.bar.set_postfix(reward=f"{line['reward']:.2f}", explorer=f"{line['share']:.0%}")
         if line["truncated"] > 0.5 and not self.warned:
             self.warned = True
-            self.bar.write(f"warning: {line['truncated']:.0%} of the rollouts were cut at --max-new-tokens "
-                           f"{args.max_new_tokens}; cut before the answer they earn nothing: raise it", file=sys.stderr)
+            self.warn(f"{line['truncated']:.0%} of the rollouts were cut at --max-new-tokens "
+                      f"{args.max_new_tokens}; cut before the answer they earn nothing: raise it")
+        if line["skipped_updates"]:
+            self.warn(f"step {step}: {line['skipped_updates']} of {args.minibatches} updates skipped, loss or gradient not finite; "
+                      f"the step's problems, counted from 0: {batch}")
+        bad = [*itertools.takewhile(lambda line: line.get("skipped_updates"), reversed(self.lines))]
+        if len(bad) >= args.max_bad_steps:
+            raise FloatingPointError(f"loss or gradient not finite in {len(bad)} steps in a row, up to step {step}: the checkpoints "
+                                     f"in {self.out} are from before; --resume --force with a lower --lr goes on from there")
+
+    def is_evaluated(self, step):
+        every = self.args.eval_every
+        return step and self.eval_problems and (step == self.args.steps or (every and step % every == 0))
+
+    def complete(self):
+        """Writes the last step's line of metrics.jsonl, after evaluating if it is time to. A run that was stopped in between
+        does so when it is resumed."""
+        if not self.lines:
+            return
+        line = self.lines[-1]
+        if self.is_evaluated(line["step"]) and "eval_pass@1" not in line:
+            line |= self.evaluate(self.learner, "learner after" if line["step"] == self.args.steps else None)
+        try:
+            with open(self.out / "metrics.jsonl", "a") as file:
+                file.write(as_json(line))
+        except OSError as error:
+            self.warn(f"metrics.jsonl: {error.strerror}; its lines are kept in memory and in checkpoints")
 
     def finish(self, seconds):
         """Saves the learner, draws the picture, says what came out and what to try next."""
+        lines = self.lines
+        self.keep("metrics.jsonl", "".join(map(as_json, lines)))
         save(self.learner, self.tokenizer, self.out / "learner")
         draw_run(self.out)
-        lines = self.metrics()
+        signal.alarm(0)
+        os.close(self.locked)
         evals = [line for line in lines if "eval_pass@1" in line]
         if len(evals) > 1:
             print(f"\n{'held out':16}{'before':>10}{'step ' + str(evals[-1]['step']):>10}")
@@ -427,10 +528,10 @@ class Run:
         print(f"\n{seconds / 60:.1f} minutes, {lines[-1]['step']} steps; everything is in {self.out}: "
               "curve.png, metrics.jsonl, rollouts/, learner/ (a Hugging Face directory)")
         words = [word for previous, word in zip(["", *sys.argv], sys.argv)
-                 if word not in ("--out", "--resume") and previous != "--out"]
+                 if word not in ("--out", "--resume", "--force", "--overwrite") and previous != "--out"]
         again = shlex.join(["python", *words])
         if lines[-1]["step"] < self.args.steps:
-            print(f"stopped by Ctrl-C; go on with: {again} --out {self.out} --resume")
+            print(f"stopped; go on with: {again} --out {self.out} --resume")
         elif self.args.schedule == "none":
             print("try next, the same with an explorer: leave out `--explorer none`")
         else:
@@ -438,21 +539,26 @@ class Run:
 
 
 def main():
-    args, started = parse_args(), time.time()
+    args, started, run = parse_args(), time.time(), None
     try:
         resolve_args(args)
         run = Run(args)
-    except (ValueError, OSError) as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
+        try:
+            train(args, run)
+        except KeyboardInterrupt:
+            run.stop()
+        run.finish(time.time() - started)
+    except (*((ValueError,) if run is None else ()), OSError, OutOfMemory, torch.OutOfMemoryError, FloatingPointError) as error:
+        if run and not (run.optimizer.moved or isinstance(error, FloatingPointError)):
+            run.save()
+        print(f"train.py: error: {str(error).splitlines()[0]}", file=sys.stderr)
         sys.exit(2)
-    train(args, run)
-    run.finish(time.time() - started)
-    if run.interrupted:
-        sys.exit(130)  # what a shell expects of a program ended by Ctrl-C
+    if run.stopped:
+        sys.exit(128 + run.stopped)  # what a shell expects of a program ended by a signal
 
 
 if __name__ == "__main__":
     try:
         main()
-    except KeyboardInterrupt:  # outside the training loop, which saves first
+    except KeyboardInterrupt:  # while loading: there is nothing to save yet
         sys.exit(130)
