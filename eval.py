@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 import reward
-from model import load
+from model import OutOfMemory, fitting, load, lock, write_whole
 from sample import add_sampling_flags, decode, encode_prompt, pick_device, sample
 
 
@@ -163,14 +163,14 @@ def main():
         settings = {key: value for key, value in vars(args).items() if key not in ("out", "device", "k", "rollout_rows")}
         if (out / "settings.json").exists() and json.loads((out / "settings.json").read_text()) != settings:
             raise ValueError(f"{out} holds an evaluation with other settings (settings.json): take another --out")
-        (out / "settings.json").write_text(json.dumps(settings, indent=2))
+        write_whole(out / "settings.json", lambda file: file.write(json.dumps(settings, indent=2).encode()))
         results = {data: {} for data in problems}
         for i, name in enumerate(args.model):
             model, tokenizer = load(name, pick_device(args.device), getattr(torch, args.dtype))
             for j, data in enumerate(problems):
                 path = out / f"generations-{i}-{j}.jsonl"
                 results[data][name] = evaluate_resumably(args, model, tokenizer, problems[data], path, f"{name} on {data}")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, OutOfMemory) as error:
         print(f"eval.py: error: {error}", file=sys.stderr)
         sys.exit(2)
 
@@ -199,10 +199,10 @@ def evaluate_resumably(args, model, tokenizer, problems, path, title, at_once=16
                                       dynamic_ncols=True) as bar:
         for start in range(len(lines), len(problems), at_once):
             batch = problems[start:start + at_once]
-            random = torch.Generator().manual_seed(args.seed * 1_000_003 + start)
-            found = evaluate(model, tokenizer, batch, args.n, random, args.max_new_tokens, args.template, args.thinking,
-                             temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
-                             presence_penalty=args.presence_penalty, rows=args.rollout_rows)
+            found = fitting(args, "rollout_rows", args.n, lambda: evaluate(
+                model, tokenizer, batch, args.n, torch.Generator().manual_seed(args.seed * 1_000_003 + start), args.max_new_tokens,
+                args.template, args.thinking, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
+                presence_penalty=args.presence_penalty, rows=args.rollout_rows))
             for i, problem in enumerate(batch):
                 lines.append({"question": problem.question, "truth": problem.answer} | {key: found[key][i] for key in found})
                 file.write(json.dumps(lines[-1]) + "\n")
@@ -239,4 +239,7 @@ def report(models, problems, ks, n):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:  # the same command, with --out, goes on
+        sys.exit(130)

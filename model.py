@@ -385,17 +385,14 @@ def write_whole(path, write):
         raise
 
 
-def lock(path):
-    """Keeps other processes from locking this file or directory, until os.close(what is returned) or until this process
-    ends, however it ends. ValueError if another has it."""
-    import fcntl  # not on Windows, where everything but training and writing pools works
-    handle = os.open(path, os.O_RDONLY)
+def lock(handle, path):
+    """Keeps other processes from locking the open file or directory until it is closed or this process ends, however it ends.
+    ValueError if another has it."""
+    import fcntl  # not on Windows, where nothing but what is locked works
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        os.close(handle)
         raise ValueError(f"{path}: another process is writing there") from None
-    return handle
 
 
 def write_safetensors(path, tensors):

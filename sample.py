@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import reward
-from model import compiled, load, rms_norm, rotary, rotate
+from model import OutOfMemory, compiled, fitting, load, lock, rms_norm, rotary, rotate, write_whole
 
 
 @dataclass
@@ -370,30 +370,31 @@ def write_pool(args, model, tokenizer):
     if out.exists() and (not note.exists() or json.loads(note.read_text()) != settings):
         raise ValueError(f"{out} was made with other settings ({note}): take another --out, or remove both")
     out.parent.mkdir(parents=True, exist_ok=True)
-    note.write_text(json.dumps(settings, indent=1))
+    write_whole(note, lambda file: file.write(json.dumps(settings, indent=1).encode()))
     done = place = keep = 0  # whole lines; where the next one begins; where the last whole batch ends
-    with open(out, "ab+") as file:
+    with open(out, "ab+") as file, tqdm(total=len(problems), unit="problem", desc=str(out), dynamic_ncols=True) as bar:
+        lock(file, out)
         file.seek(0)
         for line in file:
             done, place = done + line.endswith(b"\n"), place + len(line)
             keep = place if done % (at_once * args.n) == 0 or done == len(problems) * args.n else keep
         file.truncate(keep)
-    done = len(problems) if done == len(problems) * args.n else done // (at_once * args.n) * at_once  # problems
-    with open(out, "a") as file, tqdm(total=len(problems), initial=done, unit="problem", desc=str(out),
-                                      dynamic_ncols=True) as bar:
+        done = len(problems) if done == len(problems) * args.n else done // (at_once * args.n) * at_once  # problems
+        bar.initial = bar.n = done
         for start in range(done, len(problems), at_once):
             batch = problems[start:start + at_once]
-            random = torch.Generator().manual_seed(args.seed * 1_000_003 + batch[0][0])
-            rollouts = sample(model, prompts[start:start + at_once], args.n, random, args.max_new_tokens, args.temperature,
-                              args.top_k, args.top_p, args.presence_penalty, args.rollout_rows)
+            rollouts = fitting(args, "rollout_rows", args.n, lambda: sample(
+                model, prompts[start:start + at_once], args.n, torch.Generator().manual_seed(args.seed * 1_000_003 + batch[0][0]),
+                args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.presence_penalty, args.rollout_rows))
             for p, (texts, (number, problem)) in enumerate(zip(decode(rollouts, tokenizer), batch)):
                 for g, text in enumerate(texts):
                     length, score = rollouts.lengths[p, g], reward.score(problem, text)
-                    file.write(json.dumps({
+                    record = {
                         "prompt_id": number, "prompt": problem.question, "prompt_ids": prompts[start + p], "response": text,
                         "response_ids": rollouts.ids[p, g, :length].tolist(),
                         "small_model_log_probs": rollouts.logps[p, g, :length].tolist(), "reward": float(score.strict),
-                        "is_correct": score.strict, "data_source": args.data, "ground_truth": problem.answer}) + "\n")
+                        "is_correct": score.strict, "data_source": args.data, "ground_truth": problem.answer}
+                    file.write(json.dumps(record).encode() + b"\n")
             file.flush()
             bar.update(len(batch))
 
@@ -429,7 +430,7 @@ def main():
         prompt = tokenizer(text, add_special_tokens=not args.chat).input_ids
         rollouts = sample(model, [prompt], args.n, torch.Generator().manual_seed(args.seed), args.max_new_tokens,
                           args.temperature, args.top_k, args.top_p, args.presence_penalty, args.rollout_rows)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, OutOfMemory) as error:
         print(f"sample.py: error: {error}", file=sys.stderr)
         sys.exit(2)
     for i, completion in enumerate(decode(rollouts, tokenizer)[0]):
@@ -438,4 +439,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:  # the same command goes on
+        sys.exit(130)

@@ -330,7 +330,8 @@ class Run:
         """Makes --out this run's alone for as long as it lives. ValueError if it is another's."""
         if self.locked is None:
             self.out.mkdir(parents=True, exist_ok=True)
-            self.locked = lock(self.out)
+            self.locked = os.open(self.out, os.O_RDONLY)
+            lock(self.locked, self.out)
         if (self.out / "config.json").exists() and not (self.args.resume or self.args.overwrite):
             raise ValueError(f"{self.out} already holds a run: --resume continues it, --overwrite replaces it")
         if self.args.overwrite:

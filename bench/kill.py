@@ -1,0 +1,127 @@
+"""A training that is killed again and again, beside one that never was: weights, metrics and pass@k must be the same.
+
+    python bench/kill.py --kills 100           about 15 minutes on 2 cores
+
+Each life of the run is `python train.py .. --resume` in a process of its own, and ends by SIGKILL a random moment after the next
+(or next but one, ..) of a chosen kind of work has begun: loading, sampling, update, saving, evaluating. Every `--force`-free
+resume must take the run up by itself. Three runs, so that live explorers, a pool, and bfloat16 with LoRA, the KL's reference and
+the schedule `measured` all have their share.
+"""
+import argparse
+import collections
+import json
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+PHASES = ("loading", "sampling", "update", "saving", "evaluating")
+RUNS = {"live explorer": (),
+        "pool": ("--explorer-pool", "pool.jsonl", "--mix-steps", 12),
+        "bfloat16, LoRA, KL, measured": ("--dtype", "bfloat16", "--optimizer-dtype", "bfloat16", "--lora-rank", 4, "--lr", 1e-2,
+                                         "--kl-coef", 0.1, "--schedule", "measured")}
+
+
+def child(phase_file, flags):
+    """train.py as it is, but for a note of what it is at."""
+    import train
+    with open(phase_file, "w", buffering=1) as phases:
+        def noting(phase, function):
+            def noted(*args, **more):
+                phases.write(phase + "\n")
+                return function(*args, **more)
+            return noted
+        phases.write("loading\n")
+        for phase, name in (("sampling", "sample_groups"), ("update", "update"), ("saving", "write_whole"),
+                            ("evaluating", "evaluate"), ("saving", "save")):
+            setattr(train, name, noting(phase, getattr(train, name)))
+        sys.argv = ["train.py", *flags]
+        train.main()
+
+
+def live(flags, directory, kill_in=None):
+    """One life, up to the first to eighth time it does that, if it is to be killed. Returns True if the run came to its end, False if it was killed. RuntimeError if it failed by itself."""
+    phases = directory / "phases"
+    phases.write_text("")
+    process = subprocess.Popen([sys.executable, __file__, "child", str(phases), *map(str, flags)], cwd=directory,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if kill_in:
+        kind, which = kill_in, 1 if kill_in == "loading" else random.randint(1, 8)
+        while process.poll() is None and phases.read_text().split("\n").count(kind) < which:
+            time.sleep(0.001)
+        time.sleep(random.uniform(0, 2.0 if kind == "loading" else 0.05))
+        process.send_signal(signal.SIGKILL)
+    output, _ = process.communicate()
+    if process.returncode not in (0, -signal.SIGKILL):
+        raise RuntimeError(f"exit code {process.returncode}: {output[-2000:]}")
+    return process.returncode == 0
+
+
+def outcome(run):
+    """What a run leaves, but for what a clock decides."""
+    from model import read_safetensors
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return ([{key: value for key, value in line.items() if "second" not in key} for line in lines],
+            (run / "pass_at_k.json").read_text(), dict(read_safetensors(run / "learner" / "model.safetensors")))
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Kill and resume a training, and compare it with an unbroken one.")
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    random.seed(args.seed)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as directory:
+        directory = Path(directory)
+        from recipes.family import make_family
+        make_family(directory / "family", "habit", sizes={"learner": (32, 2), "explorer": (16, 1)}, corpus_size=2048, epochs=2)
+        family = directory / "family"
+        subprocess.run([sys.executable, ROOT / "sample.py", "--model", family / "explorer", "--data", family / "train.jsonl", "--n", "8",
+                        "--max-new-tokens", "4", "--out", directory / "pool.jsonl"], check=True, stderr=subprocess.DEVNULL)
+        for number, (name, more) in enumerate(RUNS.items()):
+            flags = ["--learner", family / "learner", "--explorer", family / "explorer", "--data", family / "train.jsonl",
+                     "--eval-data", family / "heldout.jsonl", "--steps", 40, "--prompts-per-step", 4, "--group-size", 8,
+                     "--max-new-tokens", 4, "--eval-problems", 32, "--eval-n", 16, "--eval-every", 2, "--save-every", 3,
+                     "--device", "cpu", *more]
+            if "--explorer-pool" in flags:
+                del flags[2:4]
+            live([*flags, "--out", directory / f"unbroken-{number}"], directory)
+            kills, ended, planned = collections.Counter(), 0, args.kills // len(RUNS) + (number < args.kills % len(RUNS))
+            again = [*flags, "--out", directory / f"killed-{number}", "--resume"]
+            while sum(kills.values()) < planned:
+                phase = random.choice(PHASES)
+                if live(again, directory, phase):
+                    ended += 1  # before it could be killed: a new run, that the rest of the kills have something to hit
+                    compare(directory, number)
+                    for path in sorted((directory / f"killed-{number}").rglob("*"), reverse=True):
+                        path.rmdir() if path.is_dir() else path.unlink()
+                else:
+                    kills[phase] += 1
+            while not live(again, directory):
+                pass
+            compare(directory, number)
+            counts = ", ".join(f"{phase} {kills[phase]}" for phase in PHASES)
+            print(f"{name}: {sum(kills.values())} kills ({counts}), {ended + 1} runs to the end, each equal to the unbroken one to the bit",
+                  flush=True)
+
+
+def compare(directory, number):
+    (lines, curves, weights), (lines2, curves2, weights2) = (outcome(directory / f"{kind}-{number}") for kind in ("unbroken", "killed"))
+    assert lines == lines2, next(pair for pair in zip(lines, lines2) if pair[0] != pair[1])
+    assert curves == curves2 and weights.keys() == weights2.keys()
+    assert all(torch.equal(weights[name], weights2[name]) for name in weights)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["child"]:
+        child(sys.argv[2], sys.argv[3:])
+    else:
+        main()
