@@ -1065,11 +1065,15 @@ def flags(family, out, *more):
             "--minibatches", 2, "--eval-problems", 8, "--eval-n", 16, "--max-new-tokens", 4, "--device", "cpu", *more]
 
 
-def train_here(family, out, *more):
-    """train.py's own path, in this process. Returns (run, its metrics)."""
+def prepared(family, out, *more):
     args = training.parse_args([str(flag) for flag in flags(family, out, *more)])
     training.resolve_args(args)
-    run = training.Run(args)
+    return args, training.Run(args)
+
+
+def train_here(family, out, *more):
+    """train.py's own path, in this process. Returns (run, its metrics)."""
+    args, run = prepared(family, out, *more)
     training.train(args, run)
     run.finish(0)
     return run, read_metrics(out)
@@ -1126,9 +1130,8 @@ def test_trap_24_resume_equals_never_having_stopped(more, family, tmp_path, monk
     straight, lines = train_here(family, tmp_path / "straight", *more)
     assert train_here(family, tmp_path / "again", *more)[1] == lines  # the same seed, the same metrics to the last digit
     assert all(line["grad_norm"] > 0 for line in lines[1:])  # and there was something to learn at every step
-    args = training.parse_args([str(flag) for flag in flags(family, tmp_path / "resumed", "--save-every", 1, *more)])
-    training.resolve_args(args)
-    run, real = training.Run(args), training.sample_groups
+    args, run = prepared(family, tmp_path / "resumed", "--save-every", 1, *more)
+    real = training.sample_groups
 
     def interrupted_in_step_3(*inputs):
         if run.lines[-1]["step"] == 2:
@@ -1500,9 +1503,7 @@ def test_the_kl_reference_is_the_initial_learner(family, tmp_path):
 
 def test_trap_21_rollouts_are_never_encoded_again(family, tmp_path, monkeypatch):
     """The trainer gets the ids that were sampled: once a run is loaded, nothing asks the tokeniser for ids."""
-    args = training.parse_args([str(flag) for flag in flags(family, tmp_path / "run", "--eval-problems", 1)])
-    training.resolve_args(args)
-    run = training.Run(args)
+    args, run = prepared(family, tmp_path / "run", "--eval-problems", 1)
     run.eval_problems, run.tokenizer = [], SimpleNamespace(decode=run.tokenizer.decode)
     training.train(args, run)
     assert [line["step"] for line in run.lines] == [1, 2, 3, 4] and any(line["grad_norm"] for line in run.lines)
@@ -1665,20 +1666,157 @@ def test_bad_input_is_one_line_and_exit_code_2(change, complaint, family, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
-def test_ctrl_c_leaves_a_usable_run(family, tmp_path):
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_leaves_a_usable_run(number, code, family, tmp_path):
     out = tmp_path / "run"
     command = [sys.executable, ROOT / "train.py", *map(str, flags(family, out, "--steps", 5000, "--eval-every", 0))]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     deadline = time.time() + 120
     while time.time() < deadline and not ((out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_text().count("\n") > 3):
         time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    stdout, _ = process.communicate(timeout=60)
-    assert process.returncode == 130 and "--resume" in stdout
+    process.send_signal(number)
+    stdout, _ = process.communicate(timeout=10)
+    assert process.returncode == code and "--resume" in stdout
     assert {"learner", "curve.png"} <= {path.name for path in out.iterdir()}
     saved = torch.load(max(out.glob("checkpoint_*.pt")), weights_only=True)
     assert saved["step"] == read_metrics(out)[-1]["step"]
     models.load(out / "learner")
+
+
+def test_a_signal_stops_at_once_but_within_an_update_after_its_step(family, tmp_path):
+    """Between two optimiser steps the weights are those of no whole step: there is nothing to save until the step is over."""
+    args, run = prepared(family, tmp_path / "run", "--eval-problems", 1)
+    real_step, real_evaluate, evaluated = run.optimizer.step, run.evaluate, []
+
+    def step(*inputs):
+        norm = real_step(*inputs)
+        if len(run.lines) == 2 and not run.stopped:  # the first of step 2's two updates is done
+            run.interrupt(signal.SIGTERM, None)
+        return norm
+    run.optimizer.step = step
+    with pytest.raises(KeyboardInterrupt):
+        training.train(args, run)
+    signal.alarm(0)
+    assert run.lines[-1]["step"] == 2 and not run.optimizer.moved
+    run.stopped = None
+    with pytest.raises(KeyboardInterrupt):
+        run.interrupt(signal.SIGTERM, None)
+    run.optimizer.moved, run.stopped = True, signal.SIGTERM  # the second one, or 8 seconds later, does not wait
+    with pytest.raises(KeyboardInterrupt):
+        run.interrupt(signal.SIGALRM, None)
+    os.close(run.locked)
+
+
+def test_an_evaluation_that_was_stopped_is_made_up_when_resumed(family, tmp_path):
+    more = ("--steps", 3, "--eval-every", 1, "--explorer", "none")
+    _, lines = train_here(family, tmp_path / "straight", *more)
+    args, run = prepared(family, tmp_path / "run", *more)
+    evaluate = run.evaluate
+    run.evaluate = lambda *inputs: evaluate(*inputs) if len(run.lines) < 3 else run.interrupt(signal.SIGINT, None)
+    with pytest.raises(KeyboardInterrupt):
+        training.train(args, run)
+    run.save()
+    os.close(run.locked)
+    assert train_here(family, tmp_path / "run", "--resume", *more)[1] == lines
+
+
+def test_the_newest_checkpoint_that_can_be_read_is_found(family, tmp_path, capsys):
+    more = ("--save-every", 1, "--eval-every", 0)
+    run, lines = train_here(family, tmp_path / "run", *more)
+    newest, before = sorted((tmp_path / "run").glob("checkpoint_*.pt"), reverse=True)  # two are kept
+    assert (newest.name, before.name) == ("checkpoint_000004.pt", "checkpoint_000003.pt")
+    newest.write_bytes(newest.read_bytes()[:-100])
+    (tmp_path / "run" / "checkpoint_000009.pt.partial").write_bytes(b"torn")
+    assert train_here(family, tmp_path / "run", "--resume", *more)[1] == lines
+    assert "checkpoint_000004.pt cannot be read" in capsys.readouterr().err
+    for path in (newest, before):
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match="checkpoint_000004.pt cannot be read"):
+        prepared(family, tmp_path / "run", "--resume", *more)
+
+
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(family, tmp_path, capsys):
+    args, run = prepared(family, tmp_path / "run", "--save-every", 1, "--eval-every", 0)
+    real = run.save
+
+    def save():
+        if run.lines[-1]["step"] == 3:
+            (run.out / "checkpoint_000003.pt.partial").symlink_to("/dev/full")
+            (run.out / "metrics.jsonl").unlink()
+            (run.out / "metrics.jsonl").symlink_to("/dev/full")
+        real()
+    run.save = save
+    training.train(args, run)
+    run.finish(0)
+    warnings = capsys.readouterr().err
+    assert "step 3 is not saved" in warnings and "metrics.jsonl: No space left" in warnings
+    assert [path.name for path in sorted(run.out.glob("checkpoint_*"))] == ["checkpoint_000002.pt", "checkpoint_000004.pt"]
+    assert [line["step"] for line in read_metrics(run.out)] == [0, 1, 2, 3, 4]
+
+
+def test_one_run_an_out(family, tmp_path, capsys):
+    args, run = prepared(family, tmp_path / "run")
+    for flag in ("--resume", "--overwrite"):
+        with pytest.raises(ValueError, match="another process is writing there"):
+            prepared(family, tmp_path / "run", flag)
+    training.train(args, run)
+    run.finish(0)
+    kept = (tmp_path / "run" / "metrics.jsonl").read_text()
+    with pytest.raises(ValueError, match="already holds a run"):
+        prepared(family, tmp_path / "run")
+    with pytest.raises(ValueError, match=r"--lr 0.0008 -> 0.0001"):
+        prepared(family, tmp_path / "run", "--resume", "--lr", 1e-4)
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == kept
+    run, lines = train_here(family, tmp_path / "run", "--resume", "--steps", 5, "--mix-steps", 2, "--force", "--lr", 1e-4)
+    assert run.first_step == 5 and [line["step"] for line in lines] == [0, 1, 2, 3, 4, 5]
+    run, lines = train_here(family, tmp_path / "run", "--overwrite", "--steps", 2)
+    assert run.first_step == 1 and [line["step"] for line in lines] == [0, 1, 2]
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint_*")] == ["checkpoint_000002.pt"]
+
+
+def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(family, tmp_path, capsys, monkeypatch):
+    real, seen = training.sample_groups, []
+
+    def poisoned(args, run, *rest):
+        if len(seen) == 2:
+            run.learner.norm.weight.data.fill_(torch.nan)
+        seen.append(run.out)
+        return real(args, run, *rest)
+    monkeypatch.setattr(training, "sample_groups", poisoned)
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags(family, tmp_path / "run", "--steps", 20, "--save-every", 1,
+                                                                  "--eval-every", 0, "--max-bad-steps", 3))])
+    with pytest.raises(SystemExit) as stopped:
+        training.main()
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and "not finite in 3 steps in a row, up to step 5" in error
+    assert "step 3: 2 of 2 updates skipped" in error and f"problems, counted from 0: {training.batch_of(3, 4, len(reward.load_problems(family / 'train.jsonl')), 0)}" in error
+    assert max((tmp_path / "run").glob("checkpoint_*")).name == "checkpoint_000002.pt"
+
+
+def test_out_of_memory_halves_the_batch_and_changes_nothing_else(family, tmp_path, capsys, monkeypatch):
+    more = ("--steps", 2, "--eval-every", 0, "--kl-coef", 0.1)
+    _, lines = train_here(family, tmp_path / "straight", *more)
+    real_logprobs, real_sample = grpo.response_logprobs, anneal.sample
+
+    def logprobs(model, prompts, *rest):
+        if len(prompts) > 3:
+            torch.empty(10 ** 15)  # PyTorch's own error
+        return real_logprobs(model, prompts, *rest)
+
+    def sample(*inputs, rows, **more):
+        if rows > 100:
+            torch.empty(10 ** 15)
+        return real_sample(*inputs, rows=rows, **more)
+    monkeypatch.setattr(grpo, "response_logprobs", logprobs)
+    monkeypatch.setattr(anneal, "sample", sample)
+    run, halved = train_here(family, tmp_path / "halved", *more)
+    said = capsys.readouterr().err
+    assert "going on with --rollout-rows 64" in said and said.count("--rollout-rows") == 4 and "--micro-batch-tokens" in said
+    for a, b in zip(lines, halved):  # but for the order in which sums are taken
+        assert a.keys() == b.keys() and all(a[key] == (value if value is None else pytest.approx(value, rel=1e-3, abs=1e-5))
+                                            for key, value in b.items())
+    with pytest.raises(models.OutOfMemory, match="even with --rollout-rows 4"):
+        models.fitting(SimpleNamespace(rollout_rows=16), "rollout_rows", 4, lambda: torch.empty(10 ** 15))
 
 
 # ---- recipes -------------------------------------------------------------------------------------------------------

@@ -1,15 +1,17 @@
 """A training that is killed again and again, beside one that never was: weights, metrics and pass@k must be the same.
 
-    python bench/kill.py --kills 100           about 15 minutes on 2 cores
+    python bench/kill.py --kills 100           about 12 minutes on 2 cores
+    python bench/kill.py --kills 30 --signal TERM
 
-Each life of the run is `python train.py .. --resume` in a process of its own, and ends by SIGKILL a random moment after the next
-(or next but one, ..) of a chosen kind of work has begun: loading, sampling, update, saving, evaluating. Every `--force`-free
-resume must take the run up by itself. Three runs, so that live explorers, a pool, and bfloat16 with LoRA, the KL's reference and
-the schedule `measured` all have their share.
+Each life of the run is `python train.py .. --resume` in a process of its own. The signal comes a random moment after the first to
+eighth time that a chosen kind of work has begun: loading, sampling, update, saving, evaluating. Three runs, so that live explorers,
+a pool, and bfloat16 with LoRA, the KL's reference and the schedule `measured` all have their share. After SIGTERM the exit code
+must be 143; the slowest exit is printed.
 """
 import argparse
 import collections
 import json
+import os
 import random
 import signal
 import subprocess
@@ -46,22 +48,25 @@ def child(phase_file, flags):
         train.main()
 
 
-def live(flags, directory, kill_in=None):
-    """One life, up to the first to eighth time it does that, if it is to be killed. Returns True if the run came to its end, False if it was killed. RuntimeError if it failed by itself."""
+def live(flags, directory, kill_in=None, number=signal.SIGKILL):
+    """One life, of a run that is to be killed while it does `kill_in`. Returns the seconds that dying took, None if the run came to
+    its end before. RuntimeError if it failed by itself."""
     phases = directory / "phases"
     phases.write_text("")
-    process = subprocess.Popen([sys.executable, __file__, "child", str(phases), *map(str, flags)], cwd=directory,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    output = open(directory / "output", "w+")
+    process = subprocess.Popen([sys.executable, __file__, "child", str(phases), *map(str, flags)], cwd=directory, stdout=output,
+                               stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"})
     if kill_in:
         kind, which = kill_in, 1 if kill_in == "loading" else random.randint(1, 8)
         while process.poll() is None and phases.read_text().split("\n").count(kind) < which:
             time.sleep(0.001)
         time.sleep(random.uniform(0, 2.0 if kind == "loading" else 0.05))
-        process.send_signal(signal.SIGKILL)
-    output, _ = process.communicate()
-    if process.returncode not in (0, -signal.SIGKILL):
-        raise RuntimeError(f"exit code {process.returncode}: {output[-2000:]}")
-    return process.returncode == 0
+        process.send_signal(number)
+    sent = time.perf_counter()
+    if process.wait() not in (0, -number, 128 + number):
+        output.seek(0)
+        raise RuntimeError(f"exit code {process.returncode}: {output.read()[-2000:]}")
+    return None if process.returncode == 0 else time.perf_counter() - sent
 
 
 def outcome(run):
@@ -75,8 +80,10 @@ def outcome(run):
 def main():
     parser = argparse.ArgumentParser(description="Kill and resume a training, and compare it with an unbroken one.")
     parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--signal", choices=("KILL", "TERM", "INT"), default="KILL")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    number = signal.Signals["SIG" + args.signal]
     random.seed(args.seed)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as directory:
@@ -86,35 +93,37 @@ def main():
         family = directory / "family"
         subprocess.run([sys.executable, ROOT / "sample.py", "--model", family / "explorer", "--data", family / "train.jsonl", "--n", "8",
                         "--max-new-tokens", "4", "--out", directory / "pool.jsonl"], check=True, stderr=subprocess.DEVNULL)
-        for number, (name, more) in enumerate(RUNS.items()):
+        for i, (name, more) in enumerate(RUNS.items()):
             flags = ["--learner", family / "learner", "--explorer", family / "explorer", "--data", family / "train.jsonl",
                      "--eval-data", family / "heldout.jsonl", "--steps", 40, "--prompts-per-step", 4, "--group-size", 8,
                      "--max-new-tokens", 4, "--eval-problems", 32, "--eval-n", 16, "--eval-every", 2, "--save-every", 3,
                      "--device", "cpu", *more]
             if "--explorer-pool" in flags:
                 del flags[2:4]
-            live([*flags, "--out", directory / f"unbroken-{number}"], directory)
-            kills, ended, planned = collections.Counter(), 0, args.kills // len(RUNS) + (number < args.kills % len(RUNS))
-            again = [*flags, "--out", directory / f"killed-{number}", "--resume"]
+            live([*flags, "--out", directory / f"unbroken-{i}"], directory)
+            kills, ended, slowest = collections.Counter(), 0, 0.0
+            planned = args.kills // len(RUNS) + (i < args.kills % len(RUNS))
+            again = [*flags, "--out", directory / f"killed-{i}", "--resume"]
             while sum(kills.values()) < planned:
                 phase = random.choice(PHASES)
-                if live(again, directory, phase):
+                took = live(again, directory, phase, number)
+                if took is None:
                     ended += 1  # before it could be killed: a new run, that the rest of the kills have something to hit
-                    compare(directory, number)
-                    for path in sorted((directory / f"killed-{number}").rglob("*"), reverse=True):
+                    compare(directory, i)
+                    for path in sorted((directory / f"killed-{i}").rglob("*"), reverse=True):
                         path.rmdir() if path.is_dir() else path.unlink()
                 else:
-                    kills[phase] += 1
-            while not live(again, directory):
-                pass
-            compare(directory, number)
+                    kills[phase], slowest = kills[phase] + 1, max(slowest, took)
+            live(again, directory)
+            compare(directory, i)
             counts = ", ".join(f"{phase} {kills[phase]}" for phase in PHASES)
-            print(f"{name}: {sum(kills.values())} kills ({counts}), {ended + 1} runs to the end, each equal to the unbroken one to the bit",
+            print(f"{name}: {sum(kills.values())} times SIG{args.signal} ({counts}), dead within {slowest:.1f} s; {ended + 1} runs to the end, "
+                  "each equal to the unbroken one to the bit",
                   flush=True)
 
 
-def compare(directory, number):
-    (lines, curves, weights), (lines2, curves2, weights2) = (outcome(directory / f"{kind}-{number}") for kind in ("unbroken", "killed"))
+def compare(directory, i):
+    (lines, curves, weights), (lines2, curves2, weights2) = (outcome(directory / f"{kind}-{i}") for kind in ("unbroken", "killed"))
     assert lines == lines2, next(pair for pair in zip(lines, lines2) if pair[0] != pair[1])
     assert curves == curves2 and weights.keys() == weights2.keys()
     assert all(torch.equal(weights[name], weights2[name]) for name in weights)

@@ -1,0 +1,53 @@
+"""A long run must stay flat: memory and seconds a step over 2,000 tiny steps, in tenths.
+
+    python bench/long.py                    Linux only (resident memory from /proc); 4 minutes on 2 cores
+
+A run like any other, with evaluations and checkpoints on the way. Medians of each tenth, so that what grows shows as a trend.
+"""
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import train
+from common import report, target
+from recipes.family import make_family
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Memory and time per step of a long run.")
+    parser.add_argument("--steps", type=int, default=2_000)
+    steps = parser.parse_args().steps
+    with tempfile.TemporaryDirectory() as directory:
+        family, out = Path(directory, "family"), Path(directory, "run")
+        make_family(family, "habit", sizes={"learner": (32, 2), "explorer": (16, 1)}, corpus_size=2048, epochs=2)
+        args = train.parse_args([str(flag) for flag in (
+            "--learner", family / "learner", "--explorer", family / "explorer", "--data", family / "train.jsonl", "--eval-data",
+            family / "heldout.jsonl", "--out", out, "--steps", steps, "--schedule", "constant", "--prompts-per-step", 4, "--group-size", 8,
+            "--eval-problems", 32, "--eval-every", 50, "--save-every", 20, "--lr", 1e-4, "--device", "cpu")])
+        train.resolve_args(args)
+        run, memory = train.Run(args), []
+        record = run.record
+
+        def measured(*inputs):
+            record(*inputs)
+            status = Path("/proc/self/status").read_text()
+            memory.append(int(status.partition("VmRSS:")[2].split()[0]) / 1024)
+        run.record = measured
+        train.train(args, run)
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()][1:]
+    seconds = [sum(line[f"seconds_{what}"] for what in ("sampling", "scoring", "training")) for line in lines]
+    tenths = [slice(i * steps // 10, (i + 1) * steps // 10) for i in range(10)]
+    print(f"{'steps':>12}{'ms a step':>12}{'MB resident':>14}")
+    for part in tenths:
+        print(f"{part.start + 1:>6}-{part.stop:<5}{1000 * statistics.median(seconds[part]):12.1f}{statistics.median(memory[part]):14.1f}")
+    target("long_run_memory_last_tenth_of_second", statistics.median(memory[tenths[9]]) / statistics.median(memory[tenths[1]]), 1.02)
+    target("long_run_seconds_last_tenth_of_second", statistics.median(seconds[tenths[9]]) / statistics.median(seconds[tenths[1]]), 1.05)
+    report()
+
+
+if __name__ == "__main__":
+    main()
