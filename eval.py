@@ -161,7 +161,7 @@ def main():
         out = Path(args.out or time.strftime("runs/eval-%Y%m%d-%H%M%S"))
         out.mkdir(parents=True, exist_ok=True)
         settings = {key: value for key, value in vars(args).items() if key not in ("out", "device", "k", "rollout_rows")}
-        if (out / "settings.json").exists() and json.loads((out / "settings.json").read_text()) != settings:
+        if (out / "settings.json").exists() and reward.read_object(out / "settings.json") != settings:
             raise ValueError(f"{out} holds an evaluation with other settings (settings.json): take another --out")
         (out / "settings.json").write_text(json.dumps(settings, indent=2))
         results = {data: {} for data in problems}
@@ -191,8 +191,18 @@ def main():
 
 def evaluate_resumably(args, model, tokenizer, problems, path, title, at_once=16):
     """`evaluate`, a few problems at a time, each kept as a line of `path`: what was stopped goes on behind the lines that are
-    there. Every batch has random numbers of its own, so that the result is the same."""
-    lines = [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
+    there. Every batch has random numbers of its own, so that the result is the same.
+    ValueError names a line of `path` that is not its problem's."""
+    most = {"answer": args.n, "strict": args.n, "truncated": args.n, "tokens": args.n * args.max_new_tokens}
+    lines = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else (), 1):
+        try:
+            lines.append(line := reward.parse(line))
+            if line["question"] != problems[number - 1].question or not all(
+                    type(line[key]) is int and 0 <= line[key] <= most[key] for key in most):
+                raise ValueError("another question, or impossible counts")
+        except (ValueError, LookupError, TypeError) as error:
+            raise ValueError(f"{path}, line {number}: not of this evaluation, remove the file: {str(error):.100}") from None
     lines = lines if len(lines) == len(problems) else lines[:len(lines) // at_once * at_once]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     with open(path, "a") as file, tqdm(total=len(problems), initial=len(lines), desc=title, unit="problem",
@@ -208,7 +218,7 @@ def evaluate_resumably(args, model, tokenizer, problems, path, title, at_once=16
                 file.write(json.dumps(lines[-1]) + "\n")
             file.flush()
             bar.update(len(batch))
-    return {key: [line[key] for line in lines] for key in ("answer", "strict", "truncated", "tokens")}
+    return {key: [line[key] for line in lines] for key in most}
 
 
 def report(models, problems, ks, n):

@@ -270,7 +270,8 @@ class Run:
             check_lengths(model, own or checked, args.max_new_tokens)
             self.explorers.append(Explorer(model, tokenizer, dict(zip(map(tuple, checked), own))) if own else
                                   Explorer(model, self.tokenizer, None))
-        self.pool = Pool(args.explorer_pool, self.learner.num_tokens) if args.explorer_pool else None
+        context = self.learner.config.max_position_embeddings
+        self.pool = Pool(args.explorer_pool, self.learner.num_tokens, context) if args.explorer_pool else None
         if self.pool and not self.explorers:
             self.check_stock(share)
         # One end for all who share a tokeniser: else a base learner would learn a stop token of an instruct explorer and not
