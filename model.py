@@ -351,7 +351,7 @@ def read_safetensors(path):
         entries.pop("__metadata__", None)
     except (ValueError, AttributeError, TypeError):
         raise ValueError(damaged) from None
-    data = start
+    spans = []
     for name, entry in entries.items():
         try:
             dtype, shape, (first, last) = SAFETENSORS_DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
@@ -361,9 +361,10 @@ def read_safetensors(path):
             fits = False
         if not fits:
             raise ValueError(f"{path}: {name!r:.100} is damaged or cut short, or not of dtype {', '.join(SAFETENSORS_DTYPES)}")
-        data += last - first
+        spans.append((first, last))
         yield name, raw[start + first:start + last].clone().view(dtype).view(shape)  # the copy is aligned, whatever `start`
-    if data != size:  # some bytes belong to two tensors or to none
+    firsts, lasts = ([span[i] for span in sorted(spans)] for i in (0, 1))
+    if [0, *lasts] != [*firsts, size - start]:  # some bytes belong to two tensors or to none
         raise ValueError(damaged)
 
 
@@ -466,6 +467,7 @@ def load(source, device="cpu", dtype=torch.float32):
         more = {"add_bos_token": True} if hf["model_type"] == "internlm2" else {}  # which its own code, not run here, adds
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **more)
         tokenizer.init_kwargs.pop("auto_map", None)  # nor is it to be run by those who load what is saved
+        tokenizer.decode(tokenizer("1").input_ids)  # some of what it is configured to be shows only here
         model.num_tokens = min(1 + max(tokenizer.get_vocab().values()), config.vocab_size)
     except Exception as error:  # the libraries below raise whatever they like, down to plain Exception
         raise ValueError(f"{source}: no tokeniser can be read here: {' '.join(str(error).split())[:200]}") from None
