@@ -438,12 +438,9 @@ def load(source, device="cpu", dtype=torch.float32):
         with torch.device("meta"):  # shapes only: no time is spent on random weights
             model = Transformer(config)
         model = model.to(dtype).to_empty(device=device)
-    except KeyError as error:
-        raise ValueError(f"{config_file}: no {error}") from None
-    except (ArithmeticError, AttributeError, TypeError):
-        raise ValueError(f"{config_file}: a size or setting of the wrong type") from None
-    except (ValueError, RuntimeError) as error:  # RuntimeError: no memory for such sizes
-        raise ValueError(f"{config_file}: {' '.join(str(error).split()):.300}") from None
+    except (ArithmeticError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:  # RuntimeError: no memory
+        what = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        raise ValueError(f"{config_file}: {what:.300}") from None
     index = find_file(source, "model.safetensors.index.json", required=False)
     shards = read_object(index).get("weight_map") if index else {"": "model.safetensors"}
     # A file's text is no path elsewhere, `../x` say.
@@ -467,7 +464,7 @@ def load(source, device="cpu", dtype=torch.float32):
         more = {"add_bos_token": True} if hf["model_type"] == "internlm2" else {}  # which its own code, not run here, adds
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **more)
         tokenizer.init_kwargs.pop("auto_map", None)  # nor is it to be run by those who load what is saved
-        tokenizer.decode(tokenizer("1").input_ids)  # some of what it is configured to be shows only here
+        tokenizer.decode(tokenizer("1\U000f0000").input_ids)  # faults that show in use, and with what no vocabulary holds
         model.num_tokens = min(1 + max(tokenizer.get_vocab().values()), config.vocab_size)
     except Exception as error:  # the libraries below raise whatever they like, down to plain Exception
         raise ValueError(f"{source}: no tokeniser can be read here: {' '.join(str(error).split())[:200]}") from None

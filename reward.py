@@ -144,11 +144,8 @@ def parse(text):
             raise ValueError("a key comes twice in one object")
         return keys
 
-    def refused(constant):
-        raise ValueError(f"{constant} is not a number of JSON")
-
-    try:  # utf-8-sig: a byte order mark is no part of the text
-        return json.loads(text.decode("utf-8-sig"), object_pairs_hook=unique, parse_constant=refused)
+    try:  # utf-8-sig: a byte order mark is no part of the text; int: so NaN and Infinity, which are no JSON, are errors
+        return json.loads(text.decode("utf-8-sig"), object_pairs_hook=unique, parse_constant=int)
     except RecursionError:
         raise ValueError("not valid JSON: nested too deeply") from None
     except ValueError as error:

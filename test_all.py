@@ -308,12 +308,12 @@ def checkpoint(tmp_path_factory):
 
 @pytest.mark.parametrize("name, change, complaint", [
     ("config.json", b"{", "not valid JSON"), ("config.json", b"[]", "not a JSON object"), ("config.json", b"\xff", "can't decode"),
-    ("config.json", {"hidden_size": None}, "a size or setting of the wrong type|hidden_size None"), ("config.json", {"vocab_size": ...}, "no 'vocab_size'"),
-    ("config.json", {"vocab_size": -64}, "vocab_size -64"), ("config.json", {"num_attention_heads": 0, "head_dim": None}, "wrong type"),
+    ("config.json", {"hidden_size": None}, "hidden_size None"), ("config.json", {"vocab_size": ...}, "no 'vocab_size'"),
+    ("config.json", {"vocab_size": -64}, "vocab_size -64"), ("config.json", {"num_attention_heads": 0, "head_dim": None}, "by zero"),
     ("config.json", {"vocab_size": 2 ** 62}, "vocab_size"), ("config.json", {"vocab_size": 2 ** 24, "hidden_size": 2 ** 24}, "alloc|memory"),
     ("config.json", {"num_hidden_layers": 10 ** 6}, "number of layers"), ("config.json", {"num_key_value_heads": 3}, "of heads"),
     ("config.json", {"head_dim": 7}, "size of a head"), ("config.json", {"rms_norm_eps": "x"}, "rms_norm_eps 'x'"),
-    ("config.json", {"rope_parameters": [1]}, "wrong type"), ("config.json", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "no 'factor'"),
+    ("config.json", {"rope_parameters": [1]}, "list"), ("config.json", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "no 'factor'"),
     ("config.json", {"model_type": "gpt2"}, "gpt2"), ("config.json", {"hidden_size": 16}, "weights and config.json disagree"),
     ("config.json", {"tie_word_embeddings": "no"}, "tie_word_embeddings 'no'"), ("model.safetensors", None, "no model.safetensors"),
     ("model.safetensors.index.json", b"{", "not valid JSON"), ("model.safetensors.index.json", b"{}", "weight_map"),
@@ -933,7 +933,7 @@ def test_corpora_and_problems(task):
 @pytest.mark.parametrize("line, complaint", [
     (b"{", "line 2: not valid JSON"), (b"[1]", "line 2: needs the fields"), (b'{"question": "q"}', "line 2: needs the fields"),
     (b'{"question": 1, "answer": "2"}', "line 2: `question` must be text"), (b'{"question": "q", "answer": null}', "line 2"),
-    (b'{"question": "q", "answer": true}', "line 2: .* text or a number"), (b'{"question": "q", "answer": NaN}', "line 2: .* NaN is not a number"),
+    (b'{"question": "q", "answer": true}', "line 2: .* text or a number"), (b'{"question": "q", "answer": NaN}', "line 2: .* 'NaN'"),
     (b'{"question": "q", "answer": "1", "task": "chess"}', "line 2: unknown task 'chess'"), (b"[" * 100_000, "line 2: not valid JSON: nested"),
     (b'{"question": "q", "answer": "1", "task": []}', "line 2: unknown task"), (b"\0", "line 2: not valid JSON"), (b"{}{}", "line 2: .* Extra data"),
     (b'{"question": "Bfa=", "answer": "1", "task": "habit"}', "line 2: 'Bfa=' is no question of task 'habit'"),
@@ -1525,7 +1525,7 @@ def test_training_from_a_pool_equals_live_sampling_of_the_same_rollouts(family, 
 
 
 @pytest.mark.parametrize("change, complaint", [
-    ({"small_model_log_probs": [-1.0]}, "as many log-probs"), ({"small_model_log_probs": [-1.0, math.inf]}, "Infinity is not a number"),
+    ({"small_model_log_probs": [-1.0]}, "as many log-probs"), ({"small_model_log_probs": [-1.0, math.inf]}, "'Infinity'"),
     ({"small_model_log_probs": [-1.0, "x"]}, "finite"), ({"small_model_log_probs": [-1.0, -10 ** 400]}, "finite"),
     ({"small_model_log_probs": [-1.0, True]}, "finite"), ({"small_model_log_probs": [-1.0, 5.0]}, "above 0"),
     ({"response_ids": [1, 60]}, "token ids that the learner"), ({"response_ids": [1, -1]}, "token ids"), ({"response_ids": [1, 2.0]}, "token ids"),

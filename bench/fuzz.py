@@ -1,25 +1,20 @@
 """Hostile input: each string must get a verdict and each broken file one line that names it, quickly and without a crash.
 
     python bench/fuzz.py strings --count 1000000    through the scorers: 4 to 5 minutes on 2 cores
-    python bench/fuzz.py files --count 20000        through the loaders: 4 to 5 minutes on 2 cores
+    python bench/fuzz.py files --count 20000        through the loaders: 3 to 4 minutes on 2 cores
 
 Strings are random bytes, deeply nested or endlessly repeated LaTeX, numbers of thousands of digits, and real answers with
-pieces cut out, doubled and swapped, up to 20,000 characters (a response of 4,096 tokens is about that long); one in ten is
-of hypothesis's invention, where that is installed. Each goes through score for two kinds of problem out of six, and against
-another string through answers_equal.
-
-Files are problems, pools, evaluations begun and checkpoint directories, with bytes, lines or JSON values cut, changed, doubled
-or swapped. What is loaded must work, and the rest be refused by a ValueError or OSError of one line with the path.
-
-Prints the slowest; a call that takes minutes ends the process and says where it was.
+pieces cut out, doubled and swapped, up to 20,000 characters (a response of 4,096 tokens is about that long); a tenth are of
+hypothesis's invention. Each goes through score for two kinds of problem out of six and, with another, through answers_equal.
+Files are problems, pools and checkpoints, with bytes, lines or JSON values cut, changed, doubled or swapped. What is loaded
+must work, and all else be refused by a ValueError or OSError of one line with the path. Prints the counts and the slowest.
+A call that takes minutes ends the process and says where it was.
 """
 import argparse
 import collections
 import contextlib
 import faulthandler
 import functools
-import importlib.util
-import io
 import json
 import multiprocessing
 import os
@@ -27,14 +22,21 @@ import random
 import sys
 import tempfile
 import time
-import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
+import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import model as models
 import reward
+import sample as sampling
+from recipes.family import make_family
+
+try:
+    import hypothesis
+except ImportError:
+    hypothesis = print("without hypothesis: pip install hypothesis adds strings of its invention")
 
 PIECES = [*"{}[]()$\\,./^_=-+*%&~ \n\0 0123456789abcXYZ°≤−é", "\\boxed{", "\\frac{", "\\dfrac", "\\sqrt", "\\left(", "\\right)", "\\text{",
           "\\cup", "\\{", "\\}", "\\boxed", "####", "Answer:", "answer: ", "1/3", "1,000", "-0.5", "10^{", "x=", "\\pi", "^\\circ", "\\%",
@@ -63,25 +65,14 @@ def hostile(rng):
     return "".join(text)
 
 
-def invented(seed, count):
-    """Strings of hypothesis's invention; none where it is not installed."""
-    try:
-        import hypothesis
-    except ImportError:  # main() says how to install it
-        return []
-    texts = []
-    keep = hypothesis.given(hypothesis.strategies.text())(lambda text: texts.append(text))
-    quiet = {"database": None, "deadline": None, "suppress_health_check": list(hypothesis.HealthCheck)}
-    hypothesis.seed(seed)(hypothesis.settings(max_examples=count, **quiet)(keep))()
-    return texts
-
-
 def strings(job):
     """({"scored": number}, slowest seconds, its string) of a seeded batch."""
     faulthandler.dump_traceback_later(300, exit=True)
     seed, count = job
-    rng, slowest, before = random.Random(seed), (0.0, ""), "1"
-    texts = invented(seed, count // 10)
+    rng, slowest, before, texts = random.Random(seed), (0.0, ""), "1", []
+    if hypothesis:
+        how = hypothesis.settings(max_examples=count // 10, database=None, deadline=None)
+        hypothesis.seed(seed)(how(hypothesis.given(hypothesis.strategies.text())(lambda text: texts.append(text))))()
     for _ in range(count):
         text = texts.pop() if texts else hostile(rng)
         started = time.thread_time()  # of this process alone, whatever else the machine does
@@ -103,37 +94,26 @@ FAULTS = [b"\0", b"\xff\xfe", b"\xef\xbb\xbf", b"\xc3", b"NaN", b"-Infinity", b'
 
 
 def other_value(rng, value):
-    """JSON with one of its values replaced, left out, renamed or doubled."""
+    """JSON with one of its values replaced or left out."""
     if not isinstance(value, (dict, list)) or not value or rng.random() < 0.05:
         return rng.choice(VALUES)
     value, kind = value.copy(), rng.randrange(6)
     place = rng.choice(list(value) if isinstance(value, dict) else range(len(value)))
+    value[place] = value[rng.choice(list(value))] if kind == 1 and isinstance(value, dict) else other_value(rng, value[place])
     if kind == 0:
         del value[place]
-    elif kind == 1 and isinstance(value, dict):
-        value[rng.choice([*value, "x"])] = value[place]
-    elif kind == 1:
-        value.insert(place, value[place])
-    else:
-        value[place] = other_value(rng, value[place])
     return value
 
 
 def damaged(rng, data, other):
     """Bytes with a fault in them; `other` are those of another file of the kind."""
-    lines, kind = data.splitlines(keepends=True), rng.randrange(9)
-    i, k = rng.randrange(len(data) + 1), rng.randrange(len(lines) or 1)
-    if kind == 0:
-        return data[:i] + rng.choice([b"", data[i + 1:], data[i + 1000:], other[i:]])
-    if kind == 1:
-        return data[:i] + bytes([rng.randrange(256)]) + data[i + 1:]
-    if kind == 2 or not lines:
-        return data[:i] + rng.choice(FAULTS) + data[i:]
-    if kind == 3:
-        lines[k:k + 1] = rng.choice([[], [lines[k]] * 2, lines[k:] + lines[:k], [lines[k][:i % len(lines[k])] + b"\n"], [b"\n"]])
-        return b"".join(lines)
-    if kind == 4:  # a key twice
-        return data.replace(b"{", rng.choice([b'{"a": 1, "a": 2, ', b'{"question": "", "vocab_size": 38, "prompt_ids": [1], ']), 1)
+    lines, i = data.splitlines(keepends=True), rng.randrange(len(data) + 1)
+    k = rng.randrange(len(lines))
+    if rng.random() < 0.6:
+        line = rng.choice([[], [lines[k]] * 2, lines[k:] + lines[:k], [lines[k][:i % len(lines[k])] + b"\n"], [b"\n"]])
+        return rng.choice([data[:i], data[:i] + data[i + 1:], data[:i] + data[i + 1000:], data[:i] + other[i:],
+                           *[data[:i] + rng.choice(FAULTS) + data[i:]] * 4, *[data[:i] + rng.randbytes(1) + data[i + 1:]] * 4,
+                           data.replace(b"{", b'{"a": 1, "a": 2, ', 1), *[b"".join(lines[:k] + line + lines[k + 1:])] * 3])
     start, end = (8, 8 + int.from_bytes(data[:8], "little")) if data[8:10] == b'{"' else (0, len(data))  # of a safetensors header
     text = data[start:end] if start else rng.choice([data, lines[k]])
     try:
@@ -145,107 +125,77 @@ def damaged(rng, data, other):
 
 @functools.cache
 def good_files():
-    """{kind: ({name: bytes} of a good one, {name: bytes} of another)}, and a model with its tokeniser."""
-    import torch
-    import transformers
-    import model as models
-    from recipes.family import make_family
-    torch.set_num_threads(1)
-    transformers.utils.logging.set_verbosity_error()
-    warnings.simplefilter("ignore")
-    tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
+    """({kind: {name: bytes}}, {name: bytes} of another checkpoint, a model, its tokeniser)."""
     with tempfile.TemporaryDirectory() as directory:
         out = Path(directory, "family")
         make_family(out, "natural", sizes={"learner": (16, 2), "explorer": (24, 1)}, corpus_size=640, epochs=4)
-        both = [{file.name: file.read_bytes() for file in (out / name).iterdir()} for name in ("learner", "explorer")]
-        pair = models.load(out / "learner")
-        shards = {name: data for name, data in both[0].items() if name != "model.safetensors"}
-        weights, map_ = list(models.read_safetensors(out / "learner" / "model.safetensors")), {}
-        for number, part in enumerate((weights[::2], weights[1::2])):
-            models.write_safetensors(out / "shard", dict(part))
-            shards[f"model-{number}.safetensors"] = (out / "shard").read_bytes()
-            map_ |= {name: f"model-{number}.safetensors" for name, _ in part}
-        shards["model.safetensors.index.json"] = json.dumps({"metadata": {}, "weight_map": map_}).encode()
-        problems = [line + b"\n" for line in (out / "train.jsonl").read_bytes().splitlines()[:20]]
-    as_lines = lambda records: "".join(json.dumps(record) + "\n" for record in records).encode()
-    pool = [{"prompt": "1+2*3-4=", "prompt_ids": [i, 2, 3], "response_ids": [1, i, 0], "small_model_log_probs": [-.5, -1., -.1]} for i in range(9)]
-    begun = [{"question": f"{i}+1=", "answer": 1, "strict": 0, "texts": ["é", "b"], "truncated": 2, "tokens": 3} for i in range(9)]
-    files = {"problems": b"".join(problems), "pool": as_lines(pool), "evaluation": as_lines(begun), "checkpoint": both[0], "shards": shards}
-    return files, both[1], pair
+        whole, another = ({file.name: file.read_bytes() for file in (out / name).iterdir()} for name in ("learner", "explorer"))
+        weights, pair = dict(models.read_safetensors(out / "learner" / "model.safetensors")), models.load(out / "learner")
+        shard_of = {name: f"model-{i % 2}.safetensors" for i, name in enumerate(weights)}
+        shards = whole | {"model.safetensors.index.json": json.dumps({"metadata": {}, "weight_map": shard_of}).encode()}
+        del shards["model.safetensors"]
+        for shard in shard_of.values():
+            models.write_safetensors(out / shard, {name: weights[name] for name in weights if shard_of[name] == shard})
+            shards[shard] = (out / shard).read_bytes()
+        problems = b"".join((out / "train.jsonl").read_bytes().splitlines(keepends=True)[:20])
+    rollout = b'{"prompt_ids": [%d, 2], "response_ids": [1, 3, 0], "small_model_log_probs": [-0.5, -1.0, -0.1]}\n'
+    pool = b"".join(rollout % i for i in range(9))
+    return {"problems": {"a.jsonl": problems}, "pool": {"a.jsonl": pool}, "checkpoint": whole, "shards": shards}, another, *pair
 
 
-def use(kind, path):
-    """Loads a file of this kind and uses what is loaded."""
-    import torch
-    import eval as evaluation
-    import model as models
-    import sample as sampling
-    model, tokenizer = good_files()[2]
-    with contextlib.redirect_stdout(io.StringIO()):
-        if kind == "problems":
-            for problem in reward.load_problems(path):
-                sampling.encode_prompt(problem, tokenizer)
-        elif kind == "pool":
-            pool = sampling.Pool([path], model.num_tokens, model.config.max_position_embeddings)
-            if pool.places:
-                pool.draw(list(pool.places), 1, torch.Generator(), model)
-        elif kind == "evaluation":
-            args = SimpleNamespace(n=2, seed=0, max_new_tokens=4, template=None, thinking=None, temperature=1.0, top_k=0, top_p=1.0,
-                                   presence_penalty=0.0, rollout_rows=64)
-            evaluation.evaluate_resumably(args, model, tokenizer, [reward.Problem(f"{i}+1=", "1") for i in range(9)], path, "")
-        else:
-            model, tokenizer = models.load(path)
-            model(torch.zeros(1, 3, dtype=torch.long))
-            tokenizer.decode(sampling.encode_prompt(reward.Problem("1+2=", "3"), tokenizer))
+def use(kind, directory):
+    """Loads what is there, files of this kind, and uses it."""
+    model, tokenizer = good_files()[2:]
+    if kind == "problems":
+        for problem in reward.load_problems(directory):
+            sampling.encode_prompt(problem, tokenizer)
+    elif kind == "pool":
+        pool = sampling.Pool([Path(directory, "a.jsonl")], model.num_tokens, model.config.max_position_embeddings)
+        assert not pool.places or pool.draw(list(pool.places), 1, torch.Generator(), model)
+    else:
+        model, tokenizer = models.load(directory)
+        model(torch.zeros(1, 3, dtype=torch.long))
+        tokenizer.decode(sampling.encode_prompt(reward.Problem("1+2=", "3"), tokenizer))
 
 
 def files(job):
     """({"kind loaded" or "kind refused": number}, slowest seconds, what it was) of a seeded batch."""
     faulthandler.dump_traceback_later(300, exit=True)
     seed, count = job
-    (good, another, _), rng, found, slowest = good_files(), random.Random(seed), collections.Counter(), (0.0, "")
+    (good, another, *_), rng, found, slowest = good_files(), random.Random(seed), collections.Counter(), (0.0, "")
     for i in range(count):
         kind = rng.choice(list(good))
-        with tempfile.TemporaryDirectory() as directory:
-            path, fault = Path(directory, "file.jsonl"), None
-            if isinstance(good[kind], bytes):
-                path.write_bytes(damaged(rng, good[kind], good["pool"]))
-            else:
-                fault = rng.choice(list(good[kind]))
-                for name, data in good[kind].items():
-                    Path(directory, name).write_bytes(damaged(rng, data, another.get(name, b"")) if name == fault else data)
-                path = Path(directory)
-            started, verdict = time.thread_time(), "loaded"
+        broken, verdict = rng.choice(list(good[kind])), "loaded"
+        with tempfile.TemporaryDirectory() as directory, contextlib.redirect_stdout(None):
+            for name, data in good[kind].items():
+                Path(directory, name).write_bytes(damaged(rng, data, another.get(name, good["pool"]["a.jsonl"])) if name == broken else data)
+            case, started = f"seed {seed}, number {i}: {kind}, {broken}", time.thread_time()
             try:
-                use(kind, path)
-            except (ValueError, OSError) as error:
-                verdict = "refused"
-                if directory not in str(error) or "\n" in str(error):
-                    raise RuntimeError(f"seed {seed}, {i}: {kind} {fault}: {type(error).__name__}: {error}") from error
+                use(kind, directory)
             except BaseException as error:  # a panic of a library in Rust is no Exception
-                raise RuntimeError(f"seed {seed}, {i}: {kind} {fault}: {type(error).__name__}: {error}") from error
-            found[f"{kind} {verdict}"] += 1
-            slowest = max(slowest, (time.thread_time() - started, f"seed {seed}, {i}: {kind} {fault}"))
+                verdict = "refused"
+                if not isinstance(error, (ValueError, OSError)) or directory not in str(error) or "\n" in str(error):
+                    raise RuntimeError(f"{case}: {type(error).__name__}: {error}") from error
+        found[f"{kind} {verdict}"] += 1
+        slowest = max(slowest, (time.thread_time() - started, case))
     return found, *slowest
 
 
 def main():
     parser = argparse.ArgumentParser(description="Fuzz the scorers or the loaders.")
-    parser.add_argument("what", nargs="?", choices=("strings", "files"), default="strings", help="what to feed in")
-    parser.add_argument("--count", type=int, help="how many; 1,000,000 strings or 20,000 files where not given")
+    parser.add_argument("what", nargs="?", choices=("strings", "files"), default="strings")
+    parser.add_argument("--count", type=int, help="1,000,000 strings or 20,000 files where not given")
     args = parser.parse_args()
-    work, batch = {"strings": (strings, 1_000), "files": (files, 100)}[args.what]
-    count = args.count or {"strings": 1_000_000, "files": 20_000}[args.what]
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    if args.what == "strings" and not importlib.util.find_spec("hypothesis"):
-        print("without strings of hypothesis's invention: pip install hypothesis adds them")
+    work, batch, count = (strings, 1_000, 1_000_000) if args.what == "strings" else (files, 100, 20_000)
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1",
+                   "PYTHONWARNINGS": "ignore"}  # of the workers
     found, slowest = collections.Counter(), (0.0, "")
     with multiprocessing.get_context("spawn").Pool() as pool:
-        jobs = [(seed, batch) for seed in range(-(-count // batch))]
-        for verdicts, *time_and_case in tqdm(pool.imap_unordered(work, jobs), total=len(jobs), unit="batches", dynamic_ncols=True):
-            found, slowest = found + collections.Counter(verdicts), max(slowest, tuple(time_and_case))
-    print(*(f"{verdict:20} {number:10,}" for verdict, number in sorted(found.items())), sep="\n")
-    print(f"no crash; the slowest took {slowest[0] * 1000:.1f} ms: {slowest[1]}")
+        jobs = [(seed, batch) for seed in range(-(-(args.count or count) // batch))]
+        for verdicts, *case in tqdm(pool.imap_unordered(work, jobs), total=len(jobs), unit="batch", dynamic_ncols=True):
+            found, slowest = found + collections.Counter(verdicts), max(slowest, tuple(case))
+    print(*(f"{verdict:20} {number:10,}" for verdict, number in sorted(found.items())),
+          f"no crash; the slowest took {slowest[0] * 1000:.1f} ms: {slowest[1]}", sep="\n")
 
 
 if __name__ == "__main__":
