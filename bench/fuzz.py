@@ -65,10 +65,9 @@ def hostile(rng):
     return "".join(text)
 
 
-def strings(job):
+def strings(count, seed):
     """({"scored": number}, slowest seconds, its string) of a seeded batch."""
     faulthandler.dump_traceback_later(300, exit=True)
-    seed, count = job
     rng, slowest, before, texts = random.Random(seed), (0.0, ""), "1", []
     if hypothesis:
         how = hypothesis.settings(max_examples=count // 10, database=None, deadline=None)
@@ -107,8 +106,7 @@ def other_value(rng, value):
 
 def damaged(rng, data, other):
     """Bytes with a fault in them; `other` are those of another file of the kind."""
-    lines, i = data.splitlines(keepends=True), rng.randrange(len(data) + 1)
-    k = rng.randrange(len(lines))
+    i, k = rng.randrange(len(data) + 1), rng.randrange(len(lines := data.splitlines(keepends=True)))
     if rng.random() < 0.6:
         line = rng.choice([[], [lines[k]] * 2, lines[k:] + lines[:k], [lines[k][:i % len(lines[k])] + b"\n"], [b"\n"]])
         return rng.choice([data[:i], data[:i] + data[i + 1:], data[:i] + data[i + 1000:], data[:i] + other[i:],
@@ -158,10 +156,9 @@ def use(kind, directory):
         tokenizer.decode(sampling.encode_prompt(reward.Problem("1+2=", "3"), tokenizer))
 
 
-def files(job):
+def files(count, seed):
     """({"kind loaded" or "kind refused": number}, slowest seconds, what it was) of a seeded batch."""
     faulthandler.dump_traceback_later(300, exit=True)
-    seed, count = job
     (good, another, *_), rng, found, slowest = good_files(), random.Random(seed), collections.Counter(), (0.0, "")
     for i in range(count):
         kind = rng.choice(list(good))
@@ -186,13 +183,13 @@ def main():
     parser.add_argument("what", nargs="?", choices=("strings", "files"), default="strings")
     parser.add_argument("--count", type=int, help="1,000,000 strings or 20,000 files where not given")
     args = parser.parse_args()
-    work, batch, count = (strings, 1_000, 1_000_000) if args.what == "strings" else (files, 100, 20_000)
+    work, batch, count = {"strings": (strings, 1_000, 1_000_000), "files": (files, 100, 20_000)}[args.what]
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1",
                    "PYTHONWARNINGS": "ignore"}  # of the workers
     found, slowest = collections.Counter(), (0.0, "")
     with multiprocessing.get_context("spawn").Pool() as pool:
-        jobs = [(seed, batch) for seed in range(-(-(args.count or count) // batch))]
-        for verdicts, *case in tqdm(pool.imap_unordered(work, jobs), total=len(jobs), unit="batch", dynamic_ncols=True):
+        work, seeds = functools.partial(work, batch), range(-(-(args.count or count) // batch))
+        for verdicts, *case in tqdm(pool.imap_unordered(work, seeds), total=len(seeds), unit="batch", dynamic_ncols=True):
             found, slowest = found + collections.Counter(verdicts), max(slowest, tuple(case))
     print(*(f"{verdict:20} {number:10,}" for verdict, number in sorted(found.items())),
           f"no crash; the slowest took {slowest[0] * 1000:.1f} ms: {slowest[1]}", sep="\n")
