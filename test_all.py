@@ -152,6 +152,9 @@ def test_internlm2_is_llama_under_other_names(heads, key_heads, tmp_path):
         assert (model(ids) @ model.lm_head.weight.T - expected).abs().max() < 1e-4
         models.save(model, tokenizer, tmp_path / "saved")
         assert (AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()(ids).logits - expected).abs().max() < 1e-4
+    models.write_safetensors(directory / "model.safetensors", packed | {"model.layers.0.attention.wqkv.weight": torch.zeros(9, 32)})
+    with pytest.raises(ValueError, match="attention.wqkv.*9, 32.*not wanted"):
+        models.load(directory)
 
 
 def test_internlm2_tokenizer_is_read_without_running_its_code(tmp_path):
