@@ -161,7 +161,7 @@ def main():
         out = Path(args.out or time.strftime("runs/eval-%Y%m%d-%H%M%S"))
         out.mkdir(parents=True, exist_ok=True)
         settings = {key: value for key, value in vars(args).items() if key not in ("out", "device", "k", "rollout_rows")}
-        if (out / "settings.json").exists() and json.loads((out / "settings.json").read_text()) != settings:
+        if (out / "settings.json").exists() and reward.read_object(out / "settings.json") != settings:
             raise ValueError(f"{out} holds an evaluation with other settings (settings.json): take another --out")
         write_whole(out / "settings.json", lambda file: file.write(json.dumps(settings, indent=2).encode()))
         results = {data: {} for data in problems}
@@ -191,12 +191,27 @@ def main():
 
 def evaluate_resumably(args, model, tokenizer, problems, path, title, at_once=16):
     """`evaluate`, a few problems at a time, each kept as a line of `path`: what was stopped goes on behind the lines that are
-    there. Every batch has random numbers of its own, so that the result is the same."""
-    lines = [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
-    lines = lines if len(lines) == len(problems) else lines[:len(lines) // at_once * at_once]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    with open(path, "a") as file, tqdm(total=len(problems), initial=len(lines), desc=title, unit="problem",
-                                      dynamic_ncols=True) as bar:
+    there. Every batch has random numbers of its own, so that the result is the same.
+    ValueError names a line of `path` that is not its problem's."""
+    most = {"answer": args.n, "strict": args.n, "truncated": args.n, "tokens": args.n * args.max_new_tokens}
+    lines, ends = [], [0]  # and where in the file each ends
+    with open(path, "ab+") as file, tqdm(total=len(problems), desc=title, unit="problem", dynamic_ncols=True) as bar:
+        lock(file, path)
+        file.seek(0)
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                break  # cut short when it was stopped
+            ends.append(ends[-1] + len(line))
+            try:
+                lines.append(line := reward.parse(line))
+                if line["question"] != problems[number - 1].question or not all(
+                        type(line[key]) is int and 0 <= line[key] <= most[key] for key in most):
+                    raise ValueError("another question, or impossible counts")
+            except (ValueError, LookupError, TypeError) as error:
+                raise ValueError(f"{path}, line {number}: not of this evaluation, remove the file: {str(error):.100}") from None
+        lines = lines if len(lines) == len(problems) else lines[:len(lines) // at_once * at_once]
+        file.truncate(ends[len(lines)])
+        bar.initial = bar.n = len(lines)
         for start in range(len(lines), len(problems), at_once):
             batch = problems[start:start + at_once]
             found = fitting(args, "rollout_rows", args.n, lambda: evaluate(
@@ -205,10 +220,10 @@ def evaluate_resumably(args, model, tokenizer, problems, path, title, at_once=16
                 presence_penalty=args.presence_penalty, rows=args.rollout_rows))
             for i, problem in enumerate(batch):
                 lines.append({"question": problem.question, "truth": problem.answer} | {key: found[key][i] for key in found})
-                file.write(json.dumps(lines[-1]) + "\n")
+                file.write(json.dumps(lines[-1]).encode() + b"\n")
             file.flush()
             bar.update(len(batch))
-    return {key: [line[key] for line in lines] for key in ("answer", "strict", "truncated", "tokens")}
+    return {key: [line[key] for line in lines] for key in most}
 
 
 def report(models, problems, ks, n):

@@ -13,10 +13,11 @@ import functools
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -24,6 +25,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
+
+from reward import parse, read_object
 
 
 @dataclass
@@ -46,10 +49,10 @@ class Config:
 
     @classmethod
     def from_hf(cls, hf):
-        """From a config.json dictionary. ValueError names whatever this file does not implement."""
+        """From a config.json dictionary. ValueError names whatever this file does not implement, and what cannot be."""
         kind = hf.get("model_type")
         if kind not in ("qwen3", "qwen2", "llama", "mistral", "internlm2"):
-            raise ValueError(f"model_type {kind!r} is not implemented (qwen3, qwen2, llama, mistral and internlm2 are)")
+            raise ValueError(f"model_type {kind!r:.40} is not implemented (qwen3, qwen2, llama, mistral and internlm2 are)")
         rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}  # transformers 5 | 4
         scaling = rope.get("rope_type", rope.get("type", "default"))
         unsupported = [f"{name}={value!r}" for name, value, fine in (
@@ -63,7 +66,7 @@ class Config:
         heads, context = hf["num_attention_heads"], hf["max_position_embeddings"]
         # A sliding window hides nothing from a sequence that is no longer than it.
         window = hf.get("sliding_window") if hf.get("use_sliding_window", kind == "mistral") else None
-        return cls(
+        config = cls(
             **{key: hf[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
                                         "num_attention_heads", "rms_norm_eps")},
             max_position_embeddings=min(context, window or context),
@@ -71,9 +74,18 @@ class Config:
             head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
             rope_theta=rope.get("rope_theta") or hf.get("rope_theta", 10_000.0),
             rope_scaling=rope if scaling == "llama3" else None,
-            tie_word_embeddings=hf.get("tie_word_embeddings", False),
+            tie_word_embeddings=hf.get("tie_word_embeddings") or False,
             qk_norm=kind == "qwen3",
             qkv_bias=kind == "qwen2")
+        number = lambda x: type(x) in (int, float) and 0 < x < 1e30
+        fine = {int: lambda x: type(x) is int and 0 < x <= 2 ** 24, float: number, bool: lambda x: type(x) is bool,
+                dict | None: lambda x: x is None or all(number(x[key]) for key in (
+                    "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"))}
+        wrong = [f"{field.name} {value!r:.40}" for field, value in zip(fields(cls), vars(config).values())
+                 if not fine[field.type](value)]
+        if wrong or config.num_hidden_layers > 1_000 or config.head_dim % 2 or heads % config.num_key_value_heads:
+            raise ValueError(f"no model has such sizes: {', '.join(wrong) or 'number of layers, of heads or size of a head'}")
+        return config
 
 
 def rms_norm(x, weight, eps, dim=-1):
@@ -353,22 +365,32 @@ SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.
 def read_safetensors(path):
     """Yields (name, tensor) of a safetensors file: 8 bytes n, n bytes of JSON {name: dtype, shape, data_offsets}, raw
     data. The file is memory-mapped and copied tensor by tensor.
-    ValueError if the file is damaged or cut short, or holds another dtype."""
-    size = os.path.getsize(path)
+    ValueError if the file is damaged or cut short, or holds another dtype; OSError if it cannot be read."""
+    with open(path, "rb") as file:  # OSError for a directory, of which torch makes a RuntimeError
+        size = file.seek(0, os.SEEK_END)
     raw = torch.from_file(str(path), dtype=torch.uint8, size=size) if size else torch.zeros(0, dtype=torch.uint8)
     start = 8 + int.from_bytes(raw[:8].numpy().tobytes(), "little")
+    damaged = f"{path}: not a safetensors file, or a damaged one ({size:,} bytes)"
     try:
-        header = json.loads(raw[8:start].numpy().tobytes())
-    except (ValueError, OverflowError):
-        raise ValueError(f"{path}: not a safetensors file, or a damaged one ({size:,} bytes)") from None
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        first, last = (start + offset for offset in entry["data_offsets"])
-        if last > size or entry["dtype"] not in SAFETENSORS_DTYPES:
-            raise ValueError(f"{path}: {name} is cut short or not of dtype {', '.join(SAFETENSORS_DTYPES)}")
-        data = raw[first:last].clone()  # the copy is aligned, whatever the header's length
-        yield name, data.view(SAFETENSORS_DTYPES[entry["dtype"]]).view(entry["shape"])
+        entries = parse(raw[8:min(start, 10 ** 8)].numpy().tobytes())  # the library's own limit of a header
+        entries.pop("__metadata__", None)
+    except (ValueError, AttributeError, TypeError):
+        raise ValueError(damaged) from None
+    spans = []
+    for name, entry in entries.items():
+        try:
+            dtype, shape, (first, last) = SAFETENSORS_DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+            fits = all(type(n) is int and 0 <= n <= size for n in (*shape, first, last, start + last)) and (
+                last - first == math.prod(shape) * dtype.itemsize)
+        except (KeyError, TypeError, ValueError):
+            fits = False
+        if not fits:
+            raise ValueError(f"{path}: {name!r:.100} is damaged or cut short, or not of dtype {', '.join(SAFETENSORS_DTYPES)}")
+        spans.append((first, last))
+        yield name, raw[start + first:start + last].clone().view(dtype).view(shape)  # the copy is aligned, whatever `start`
+    firsts, lasts = ([span[i] for span in sorted(spans)] for i in (0, 1))
+    if [0, *lasts] != [*firsts, size - start]:  # some bytes belong to two tensors or to none
+        raise ValueError(damaged)
 
 
 def write_whole(path, write):
@@ -446,7 +468,7 @@ INTERNLM2 = {"tok_embeddings": "embed_tokens", "attention.wo": "self_attn.o_proj
 def as_llama(name, tensor, c):
     """[(name, tensor)]: one of InternLM2's tensors under Llama's names. It is the same network; q, k and v lie in one
     matrix, in which the query heads of each key head are followed by that key head and its value head."""
-    if "attention.wqkv" in name:
+    if "attention.wqkv" in name and tensor.shape[:1] == ((c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim,):
         heads = tensor.unflatten(0, (c.num_key_value_heads, -1, c.head_dim))  # [K, H/K + 2, h, D]
         parts = heads[:, :-2].flatten(0, 2), heads[:, -2].flatten(0, 1), heads[:, -1].flatten(0, 1)
         return [(name.replace("attention.wqkv", f"self_attn.{q}_proj"), part) for q, part in zip("qkv", parts)]
@@ -460,18 +482,22 @@ def load(source, device="cpu", dtype=torch.float32):
     ValueError: a file is missing or broken, or the architecture is not implemented."""
     from transformers import AutoTokenizer
     config_file = Path(find_file(source, "config.json"))
+    hf = read_object(config_file)
     try:
-        hf = json.loads(config_file.read_text())
         config = Config.from_hf(hf)
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"{config_file}: {f'no {error}' if isinstance(error, KeyError) else error}") from None
-    with torch.device("meta"):  # shapes only: no time is spent on random weights
-        model = Transformer(config)
-    model = model.to(dtype).to_empty(device=device)
+        with torch.device("meta"):  # shapes only: no time is spent on random weights
+            model = Transformer(config)
+        model = model.to(dtype).to_empty(device=device)
+    except (ArithmeticError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:  # RuntimeError: no memory
+        what = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        raise ValueError(f"{config_file}: {what:.300}") from None
     index = find_file(source, "model.safetensors.index.json", required=False)
-    shards = sorted(set(json.loads(Path(index).read_text())["weight_map"].values())) if index else ["model.safetensors"]
+    shards = read_object(index).get("weight_map") if index else {"": "model.safetensors"}
+    # A file's text is no path elsewhere, `../x` say.
+    if not isinstance(shards, dict) or not all(re.fullmatch(r"[\w.-]+\.safetensors", str(shard)) for shard in shards.values()):
+        raise ValueError(f"{index}: weight_map must name .safetensors files in the same directory")
     missing = hf_weights(model)
-    for shard in shards:
+    for shard in sorted(set(shards.values())):
         stored = read_safetensors(find_file(source, shard))
         if hf["model_type"] == "internlm2":
             stored = (pair for name, tensor in stored for pair in as_llama(name, tensor, config))
@@ -479,7 +505,7 @@ def load(source, device="cpu", dtype=torch.float32):
             if name == "lm_head.weight" and config.tie_word_embeddings:
                 continue  # some exporters write the tied matrix twice
             if name not in missing or missing[name].shape != tensor.shape:
-                raise ValueError(f"{source}: weights and config.json disagree: {shard} has {name} {list(tensor.shape)}"
+                raise ValueError(f"{source}: weights and config.json disagree: {shard} has {name!r:.100} {list(tensor.shape)}"
                                  + (f", not {list(missing[name].shape)}" if name in missing else ", which is not wanted"))
             missing.pop(name).copy_(tensor)
     if missing:
@@ -488,13 +514,16 @@ def load(source, device="cpu", dtype=torch.float32):
         more = {"add_bos_token": True} if hf["model_type"] == "internlm2" else {}  # which its own code, not run here, adds
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **more)
         tokenizer.init_kwargs.pop("auto_map", None)  # nor is it to be run by those who load what is saved
+        tokenizer.decode(tokenizer("1\U000f0000").input_ids)  # faults that show in use, and with what no vocabulary holds
         model.num_tokens = min(1 + max(tokenizer.get_vocab().values()), config.vocab_size)
     except Exception as error:  # the libraries below raise whatever they like, down to plain Exception
         raise ValueError(f"{source}: no tokeniser can be read here: {' '.join(str(error).split())[:200]}") from None
     generation = find_file(source, "generation_config.json", required=False)
-    stops = json.loads(Path(generation).read_text()).get("eos_token_id") if generation else None
-    stops = stops if isinstance(stops, list) else [stops]
-    model.stop_ids = tuple(sorted({*stops, tokenizer.eos_token_id} - {None}))
+    stops = read_object(generation).get("eos_token_id") if generation else None
+    stops = [stop for stop in [*(stops if isinstance(stops, list) else [stops]), tokenizer.eos_token_id] if stop is not None]
+    if not all(type(stop) is int and 0 <= stop < model.num_tokens for stop in stops):
+        raise ValueError(f"{generation or source}: stop tokens {stops!r:.100}, not from 0 to {model.num_tokens - 1}")
+    model.stop_ids = tuple(sorted(set(stops)))
     if hf["model_type"] == "internlm2":  # saved as what it is
         hf = {key: value for key, value in hf.items() if key not in ("auto_map", "rope_scaling", "bias")}
         hf |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}

@@ -134,6 +134,43 @@ def data_files(source):
     return files
 
 
+LONGEST_LINE = 1 << 24  # bytes: a file that is no JSONL may be one line of many gigabytes
+
+
+def parse(text):
+    """The value of JSON in bytes. ValueError, in one line, also for what json.loads lets pass: a key that comes twice, NaN."""
+    def unique(pairs):
+        if len(keys := dict(pairs)) < len(pairs):
+            raise ValueError("a key comes twice in one object")
+        return keys
+
+    try:  # utf-8-sig: a byte order mark is no part of the text; int: so NaN and Infinity, which are no JSON, are errors
+        return json.loads(text.decode("utf-8-sig"), object_pairs_hook=unique, parse_constant=int)
+    except RecursionError:
+        raise ValueError("not valid JSON: nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"not valid JSON: {str(error).replace('line 1 ', '')}") from None
+
+
+def read_object(path):
+    """The dictionary in a JSON file. ValueError names the file if it is broken or holds something else."""
+    try:
+        if not isinstance(value := parse(Path(path).read_bytes()), dict):
+            raise ValueError("not a JSON object")
+        return value
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def lines(path):
+    """Yields (number, bytes) of a file's lines. ValueError names one that is longer than LONGEST_LINE."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), b""), 1):
+            if len(line) == LONGEST_LINE:
+                raise ValueError(f"{path}, line {number}: longer than {LONGEST_LINE:,} bytes")
+            yield number, line
+
+
 def records(path):
     """Yields (place, record) of a JSONL or parquet file. ValueError names a line that is not JSON."""
     if path.suffix == ".parquet":
@@ -141,18 +178,19 @@ def records(path):
             from pyarrow.parquet import ParquetFile
         except ImportError:
             raise ValueError(f"{path}: pip install pyarrow reads parquet") from None
-        rows = (record for batch in ParquetFile(path).iter_batches() for record in batch.to_pylist())
-        for number, record in enumerate(rows, 1):
-            yield f"{path}, row {number}", record
+        try:
+            rows = (record for batch in ParquetFile(path).iter_batches() for record in batch.to_pylist())
+            for number, record in enumerate(rows, 1):
+                yield f"{path}, row {number}", record
+        except Exception as error:  # of whatever kind the library below raises
+            raise ValueError(f"{path}: not a parquet file, or a damaged one: {' '.join(str(error).split()):.200}") from None
         return
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    record = json.loads(line)
-                except (ValueError, RecursionError):
-                    raise ValueError(f"{path}, line {number}: not valid JSON") from None
-                yield f"{path}, line {number}", record
+    for number, line in lines(path):
+        if line.strip():
+            try:
+                yield f"{path}, line {number}", parse(line)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: {error}") from None
 
 
 def as_problem(record):
@@ -173,10 +211,11 @@ def as_problem(record):
             answer, task = answer[0] if isinstance(answer, list) else answer, record.get("task", "math")
     except (KeyError, TypeError, IndexError, StopIteration, AttributeError):
         raise ValueError("needs the fields `question` and `answer`") from None
-    if not isinstance(question, str) or not isinstance(answer, (str, int, float)):
+    if not isinstance(question, str) or type(answer) not in (str, int, float):
         raise ValueError("`question` must be text and `answer` text or a number")
-    if task not in INSTRUCTIONS and task not in TASKS:
-        raise ValueError(f"unknown task {task!r} ({', '.join([*INSTRUCTIONS, *TASKS])})")
+    f"{question}{answer}".encode()  # ValueError for half a surrogate pair, "\ud800", which no tokeniser takes
+    if task not in (*INSTRUCTIONS, *TASKS):
+        raise ValueError(f"unknown task {task!r:.40} ({', '.join([*INSTRUCTIONS, *TASKS])})")
     if task in TASKS and not TASKS[task].fullmatch(question):
         raise ValueError(f"{question[:40]!r} is no question of task {task!r}")
     boxed = last_boxed(str(answer)) if "answer" not in record else None

@@ -237,29 +237,32 @@ class Pool:
     sampler, of which prompt_ids, response_ids and small_model_log_probs are used. Only the lines' places are kept in
     memory."""
 
-    def __init__(self, paths, num_tokens):
+    def __init__(self, paths, num_tokens, context):
         """ValueError names the line of a record that cannot be used; a last line that was cut short is left out."""
-        self.num_tokens, self.places = num_tokens, {}
+        self.num_tokens, self.context, self.places = num_tokens, context, {}
         for path in paths:
             place = 0
-            with open(path, "rb") as file:
-                for number, line in enumerate(file, 1):
-                    try:
-                        self.places.setdefault(self.read(line)[0], []).append((path, place))
-                    except (ValueError, KeyError, TypeError, RecursionError) as error:
-                        if line.endswith(b"\n"):
-                            raise ValueError(f"{path}, line {number}: not a rollout of this model's family in the authors' "
-                                             f"layout: {' '.join(str(error).split()):.100}") from None
-                    place += len(line)
+            for number, line in reward.lines(path):
+                try:
+                    self.places.setdefault(self.read(line)[0], []).append((path, place))
+                except (ValueError, KeyError, TypeError) as error:
+                    if line.endswith(b"\n"):
+                        raise ValueError(f"{path}, line {number}: not a rollout of this model's family in the authors' "
+                                         f"layout: {' '.join(str(error).split()):.100}") from None
+                place += len(line)
 
     def read(self, line):
         """(prompt_ids as a tuple, response_ids, log-probs) of one line."""
-        record = json.loads(line)
+        record = reward.parse(line)
         prompt, ids, logps = (record[key] for key in ("prompt_ids", "response_ids", "small_model_log_probs"))
         if not all(type(i) is int and 0 <= i < self.num_tokens for i in (*prompt, *ids)):
             raise ValueError("token ids that the learner does not have")
-        if not ids or len(ids) != len(logps) or not all(isinstance(x, (int, float)) for x in logps):
-            raise ValueError("as many log-probs as response ids are needed, and at least one")
+        if not prompt or not ids or len(ids) != len(logps):
+            raise ValueError("a prompt and as many log-probs as response ids are needed, at least one of each")
+        if not all(type(x) in (int, float) and -1e9 < x < 0.1 for x in logps):  # also false for NaN; rounding may pass 0
+            raise ValueError("log-probs must be finite and not above 0")
+        if len(prompt) + len(ids) > self.context:
+            raise ValueError(f"{len(prompt)} + {len(ids)} tokens do not fit the learner's context of {self.context}")
         return tuple(prompt), ids, logps
 
     def count(self, prompt):
@@ -296,7 +299,8 @@ def pick_device(name):
 
 
 def check_lengths(model, prompts, max_new_tokens):
-    """ValueError that names the first prompt which leaves no room for max_new_tokens in the model's context."""
+    """ValueError that names the first prompt which leaves no room for max_new_tokens in the model's context, or is empty, or
+    holds a token that the model has not."""
     context = model.config.max_position_embeddings
     for i, prompt in enumerate(prompts):
         if not prompt:
@@ -304,6 +308,9 @@ def check_lengths(model, prompts, max_new_tokens):
         if len(prompt) + max_new_tokens > context:
             raise ValueError(f"prompt {i + 1} has {len(prompt)} tokens; with {max_new_tokens} new tokens it does not fit "
                              f"the model's context of {context}: lower --max-new-tokens or drop the prompt")
+        if max(prompt) >= model.num_tokens:
+            raise ValueError(f"prompt {i + 1} holds token {max(prompt)} of a tokeniser that is larger than the model's "
+                             f"vocabulary of {model.num_tokens}: they do not belong together")
 
 
 def encode_prompt(problem, tokenizer, template=None, thinking=None):
@@ -315,7 +322,10 @@ def encode_prompt(problem, tokenizer, template=None, thinking=None):
         return tokenizer(problem.question).input_ids
     instruction = reward.INSTRUCTIONS[problem.task]
     if template not in (None, "plain"):
-        text = Path(template).read_text(encoding="utf-8")
+        try:
+            text = Path(template).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{template}: {error}") from None
         if "{question}" not in text:
             raise ValueError(f"{template}: a template holds {{question}}, which this file does not")
         # Not str.format: questions and templates are full of braces.
@@ -325,7 +335,10 @@ def encode_prompt(problem, tokenizer, template=None, thinking=None):
         return tokenizer(text + "\n").input_ids
     options = {} if thinking is None else {"enable_thinking": thinking == "on"}
     message = [{"role": "user", "content": text}]
-    text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True, **options)
+    try:
+        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True, **options)
+    except Exception as error:  # a template is a small program of the checkpoint's, and may do whatever it likes
+        raise ValueError(f"{tokenizer.name_or_path}: its chat template fails: {' '.join(str(error).split()):.200}") from None
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
@@ -367,7 +380,7 @@ def write_pool(args, model, tokenizer):
     check_lengths(model, prompts, args.max_new_tokens)
     settings = {key: value for key, value in vars(args).items() if key not in ("out", "device", "prompt", "chat", "rollout_rows")}
     note = out.with_name(out.name + ".settings.json")  # beside the pool, whose records hold the authors' fields alone
-    if out.exists() and (not note.exists() or json.loads(note.read_text()) != settings):
+    if out.exists() and (not note.exists() or reward.read_object(note) != settings):
         raise ValueError(f"{out} was made with other settings ({note}): take another --out, or remove both")
     out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(note, lambda file: file.write(json.dumps(settings, indent=1).encode()))
@@ -421,13 +434,10 @@ def main():
         model, tokenizer = load(args.model, pick_device(args.device), getattr(torch, args.dtype))
         if args.data:
             return write_pool(args, model, tokenizer)
-        text = args.prompt
         if args.chat and not tokenizer.chat_template:
             raise ValueError(f"--chat: the tokeniser of {args.model} has no chat template")
-        if args.chat:
-            message = [{"role": "user", "content": text}]
-            text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-        prompt = tokenizer(text, add_special_tokens=not args.chat).input_ids
+        prompt = (encode_prompt(reward.Problem(args.prompt, "", "instructed"), tokenizer, thinking=args.thinking) if args.chat
+                  else tokenizer(args.prompt).input_ids)
         rollouts = sample(model, [prompt], args.n, torch.Generator().manual_seed(args.seed), args.max_new_tokens,
                           args.temperature, args.top_k, args.top_p, args.presence_penalty, args.rollout_rows)
     except (ValueError, OSError, OutOfMemory) as error:

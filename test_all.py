@@ -153,6 +153,9 @@ def test_internlm2_is_llama_under_other_names(heads, key_heads, tmp_path):
         assert (model(ids) @ model.lm_head.weight.T - expected).abs().max() < 1e-4
         models.save(model, tokenizer, tmp_path / "saved")
         assert (AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()(ids).logits - expected).abs().max() < 1e-4
+    models.write_safetensors(directory / "model.safetensors", packed | {"model.layers.0.attention.wqkv.weight": torch.zeros(9, 32)})
+    with pytest.raises(ValueError, match="attention.wqkv.*9, 32.*not wanted"):
+        models.load(directory)
 
 
 def test_internlm2_tokenizer_is_read_without_running_its_code(tmp_path):
@@ -274,9 +277,76 @@ def test_safetensors_agree_with_the_library(tmp_path):
         assert loaded.keys() == tensors.keys() and all(torch.equal(loaded[name], tensors[name]) for name in tensors)
     data = (tmp_path / "ours").read_bytes()
     for damaged in (b"", data[:5], data[:40], data[:-1], b"\xff" * 100):
-        (tmp_path / "damaged").write_bytes(damaged)
-        with pytest.raises(ValueError, match="damaged"):
-            list(models.read_safetensors(tmp_path / "damaged"))
+        (tmp_path / "cut").write_bytes(damaged)
+        with pytest.raises(ValueError, match="cut: .* damaged"):
+            list(models.read_safetensors(tmp_path / "cut"))
+    with pytest.raises(OSError, match=tmp_path.name):
+        list(models.read_safetensors(tmp_path))
+
+
+@pytest.mark.parametrize("header", [
+    '[]', '5', '{"a": 5}', '{"a": {"shape": [4], "data_offsets": [0, 16]}, "b": B}', '{"a": {"dtype": "F32", "data_offsets": [0, 16]}, "b": B}',
+    '{"a": {"dtype": "F32", "shape": [4]}, "b": B}', '{"a": A, "b": B, "b": B}', '{"a": A, "b": A}', '{"a": A}', '{"a": A, "b": B, "c": A}',
+    *('{"a": {"dtype": %s, "shape": %s, "data_offsets": %s}, "b": B}' % entry for entry in [
+        ('"I64"', "[2]", "[0, 16]"), ("[]", "[4]", "[0, 16]"), ('"F32"', '"4"', "[0, 16]"), ('"F32"', "[5]", "[0, 16]"), ('"F32"', "[4]", "[0]"),
+        ('"F32"', "[-2, -2]", "[0, 16]"), ('"F32"', "[4]", "[16, 0]"), ('"F32"', "[4]", "[-16, 0]"), ('"F32"', "[4]", "[24, 40]"),
+        ('"F32"', "[4.0]", "[0, 16]"), ('"F32"', "[4]", '["0", "16"]'), ('"F32"', "[0, %d]" % 2 ** 70, "[0, 0]")])])
+def test_a_wrong_safetensors_header_is_refused(header, tmp_path):
+    good = '{"a": A, "b": B}'
+
+    def read(header):
+        header = header.replace("A", '{"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}', header.count(": A"))
+        text = header.replace(": B", ': {"dtype": "F32", "shape": [2, 2], "data_offsets": [16, 32]}').encode()
+        (tmp_path / "file").write_bytes(len(text).to_bytes(8, "little") + text + bytes(32))
+        return dict(models.read_safetensors(tmp_path / "file"))
+
+    assert read(good).keys() == {"a", "b"}
+    with pytest.raises(ValueError, match="file: .* damaged"):
+        read(header)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return hf_pair("qwen3", tmp_path_factory.mktemp("checkpoint"))[1]
+
+
+@pytest.mark.parametrize("name, change, complaint", [
+    ("config.json", b"{", "not valid JSON"), ("config.json", b"[]", "not a JSON object"), ("config.json", b"\xff", "can't decode"),
+    ("config.json", {"hidden_size": None}, "hidden_size None"), ("config.json", {"vocab_size": ...}, "no 'vocab_size'"),
+    ("config.json", {"vocab_size": -64}, "vocab_size -64"), ("config.json", {"num_attention_heads": 0, "head_dim": None}, "by zero"),
+    ("config.json", {"vocab_size": 2 ** 62}, "vocab_size"), ("config.json", {"vocab_size": 2 ** 24, "hidden_size": 2 ** 24}, "alloc|memory"),
+    ("config.json", {"num_hidden_layers": 10 ** 6}, "number of layers"), ("config.json", {"num_key_value_heads": 3}, "of heads"),
+    ("config.json", {"head_dim": 7}, "size of a head"), ("config.json", {"rms_norm_eps": "x"}, "rms_norm_eps 'x'"),
+    ("config.json", {"rope_parameters": [1]}, "list"), ("config.json", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "no 'factor'"),
+    ("config.json", {"model_type": "gpt2"}, "gpt2"), ("config.json", {"hidden_size": 16}, "weights and config.json disagree"),
+    ("config.json", {"tie_word_embeddings": "no"}, "tie_word_embeddings 'no'"), ("model.safetensors", None, "no model.safetensors"),
+    ("model.safetensors.index.json", b"{", "not valid JSON"), ("model.safetensors.index.json", b"{}", "weight_map"),
+    *(("model.safetensors.index.json", json.dumps({"weight_map": {"a": shard}}).encode(), complaint) for shard, complaint in (
+        ("../model.safetensors", "in the same directory"), ("/etc/model.safetensors", "in the same directory"), ("a\\b.safetensors", "same directory"),
+        ("..", "in the same directory"), (5, "in the same directory"), (["x"], "same directory"), ("gone.safetensors", "no gone.safetensors"))),
+    ("generation_config.json", b"nul", "not valid JSON"), *(("generation_config.json", {"eos_token_id": stop}, "stop tokens") for stop in (
+        "0", [0, 64], -1, 1.0, True, {})), ("tokenizer.json", b"{}", "no tokeniser"), ("tokenizer_config.json", b"\xff", "no tokeniser"),
+    ("tokenizer_config.json", {"model_max_length": {}}, "no tokeniser")])
+def test_a_broken_checkpoint_is_refused_in_one_line(name, change, complaint, checkpoint, tmp_path):
+    directory = shutil.copytree(checkpoint, tmp_path / "model")
+    (directory / "notes.md").write_bytes(b"\xff")  # what belongs to nobody is nobody's business
+    file = directory / name
+    if isinstance(change, dict):
+        hf = json.loads(file.read_text()) | change
+        change = json.dumps({key: value for key, value in hf.items() if value is not ...}).encode()
+    if change is None:
+        file.unlink()
+        file.mkdir()
+    else:
+        file.write_bytes(change)
+    with pytest.raises(ValueError, match=complaint) as refused:
+        models.load(directory)
+    assert str(directory) in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_prompt_of_tokens_that_the_model_has_not_is_refused():
+    with pytest.raises(ValueError, match="prompt 2 holds token 24 "):
+        sampling.sample(tiny_model(), [[1], [3, 24]], 1, seeded(), 2)
 
 
 @pytest.mark.parametrize("change, named", [
@@ -865,18 +935,24 @@ def test_corpora_and_problems(task):
 
 
 @pytest.mark.parametrize("line, complaint", [
-    ("{", "line 2: not valid JSON"), ("[1]", "line 2: needs the fields"), ('{"question": "q"}', "line 2: needs the fields"),
-    ('{"question": 1, "answer": "2"}', "line 2: `question` must be text"), ('{"question": "q", "answer": null}', "line 2"),
-    ('{"question": "q", "answer": "1", "task": "chess"}', "line 2: unknown task 'chess'"), ("[" * 100_000, "line 2: not valid JSON"),
-    ('{"question": "Bfa=", "answer": "1", "task": "habit"}', "line 2: 'Bfa=' is no question of task 'habit'"),
-    ('{"question": "3+=", "answer": "1", "task": "natural"}', "line 2: '3\\+=' is no question")])
+    (b"{", "line 2: not valid JSON"), (b"[1]", "line 2: needs the fields"), (b'{"question": "q"}', "line 2: needs the fields"),
+    (b'{"question": 1, "answer": "2"}', "line 2: `question` must be text"), (b'{"question": "q", "answer": null}', "line 2"),
+    (b'{"question": "q", "answer": true}', "line 2: .* text or a number"), (b'{"question": "q", "answer": NaN}', "line 2: .* 'NaN'"),
+    (b'{"question": "q", "answer": "1", "task": "chess"}', "line 2: unknown task 'chess'"), (b"[" * 100_000, "line 2: not valid JSON: nested"),
+    (b'{"question": "q", "answer": "1", "task": []}', "line 2: unknown task"), (b"\0", "line 2: not valid JSON"), (b"{}{}", "line 2: .* Extra data"),
+    (b'{"question": "Bfa=", "answer": "1", "task": "habit"}', "line 2: 'Bfa=' is no question of task 'habit'"),
+    (b'{"question": "3+=", "answer": "1", "task": "natural"}', "line 2: '3\\+=' is no question"),
+    (b'{"question": "caf\xe9", "answer": "1"}', "line 2: .* can't decode byte 0xe9"), (b'{"question": "q", "answer": ' + b"9" * 5_000 + b"}", "line 2"),
+    (b'{"question": "q", "answer": "1", "answer": "2"}', "line 2: .* a key comes twice"), (b" " * (reward.LONGEST_LINE + 1), "line 2: longer than"),
+    (br'{"question": "\ud800", "answer": "1"}', "line 2: .* surrogates"), (br'{"question": "q", "answer": "\udfff"}', "line 2: .* surrogates")])
 def test_a_broken_line_is_named(line, complaint, tmp_path):
     path = tmp_path / "data.jsonl"
-    path.write_text('{"question": "q", "answer": "a #### 1,200"}\n' + line + "\n")
-    with pytest.raises(ValueError, match=complaint):
+    path.write_bytes(b'{"question": "q", "answer": "a #### 1,200"}\n' + line + b"\n")
+    with pytest.raises(ValueError, match=f"data.jsonl, {complaint}") as refused:
         reward.load_problems(path)
-    path.write_text('{"question": "q", "answer": "a #### 1,200"}\n\n{"question": "r", "answer": 70}\n')
-    assert reward.load_problems(path) == [reward.Problem("q", "1,200"), reward.Problem("r", "70")]
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 400
+    path.write_bytes(b'\xef\xbb\xbf{"question": "q", "answer": "a #### 1,200"}\r\n\n{"question": "\xc3\xa9", "answer": 70}')
+    assert reward.load_problems(path) == [reward.Problem("q", "1,200"), reward.Problem("é", "70")]
 
 
 @pytest.mark.parametrize("record, problem", [
@@ -925,6 +1001,13 @@ def test_data_by_directory_by_name_and_from_parquet(tmp_path, monkeypatch, capsy
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", SimpleNamespace(
         ParquetFile=lambda path: SimpleNamespace(iter_batches=lambda: [table])))
     with pytest.raises(ValueError, match="data.parquet, row 2: needs the fields"):
+        reward.load_problems(tmp_path / "data.parquet")
+
+    def broken(path):
+        raise OSError("Parquet magic bytes\nnot found")
+
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", SimpleNamespace(ParquetFile=broken))
+    with pytest.raises(ValueError, match="data.parquet: not a parquet file, or a damaged one: Parquet magic bytes not found"):
         reward.load_problems(tmp_path / "data.parquet")
 
 
@@ -1022,6 +1105,16 @@ def test_evaluation_of_several_data_sets_goes_on_where_it_was_stopped(family, tm
     assert results[0] == results[1]
     code, error = run("--out", tmp_path / "stopped", "--seed", 1)
     assert code == 2 and "other settings" in error
+    first, rest = kept.split("\n", 1)
+    for broken in (first[:-9], first.replace('"tokens"', '"taken"'), first.replace('"strict": ', '"strict": 9'), rest.split("\n")[0], "5", "\udcff"):
+        (tmp_path / "stopped" / "generations-0-0.jsonl").write_text(f"{broken}\n{rest}", errors="surrogateescape")
+        before = (tmp_path / "stopped" / "generations-0-0.jsonl").read_bytes()
+        code, error = run("--out", tmp_path / "stopped")
+        assert code == 2 and "generations-0-0.jsonl, line 1: not of this evaluation" in error and error.count("\n") == 1, error
+        assert (tmp_path / "stopped" / "generations-0-0.jsonl").read_bytes() == before
+    (tmp_path / "stopped" / "settings.json").write_text("{")
+    code, error = run("--out", tmp_path / "stopped")
+    assert code == 2 and "settings.json: not valid JSON" in error and error.count("\n") == 1
 
 
 def test_templates(tmp_path):
@@ -1043,6 +1136,18 @@ def test_templates(tmp_path):
     (tmp_path / "template.txt").write_text("Q:")
     with pytest.raises(ValueError, match="holds {question}"):
         ask(tmp_path / "template.txt")
+    (tmp_path / "template.txt").write_bytes(b"{question} caf\xe9")
+    with pytest.raises(ValueError, match="template.txt: .* can't decode byte 0xe9"):
+        ask(tmp_path / "template.txt")
+
+
+def test_a_broken_chat_template_is_one_line(family):
+    tokenizer = models.load(family / "learner")[1]
+    for template in ("{% if %}", "{{ messages[9].content }}", "{{ raise_exception('no\\nsuch') }}"):
+        tokenizer.chat_template = template
+        with pytest.raises(ValueError, match=r"learner: its chat template fails: .+") as refused:
+            sampling.encode_prompt(reward.Problem("q", "1"), tokenizer)
+        assert "\n" not in str(refused.value)
 
 
 def test_eval_and_sample_cli(family, tmp_path):
@@ -1434,12 +1539,29 @@ def test_training_from_a_pool_equals_live_sampling_of_the_same_rollouts(family, 
     _, metrics = run("--explorer-pool", pool, "--explorer", family / "explorer", "--out", tmp_path / "both")
     assert metrics[:3] == expected[:3] and metrics[3] != expected[3]
     assert [line["rollouts_explorer"] for line in metrics[1:]] == [16, 12, 8, 0]
-    for record, complaint in (('{"prompt_ids": [5], "response_ids": [1, 2], "small_model_log_probs": [-1.0]}', "as many log-probs"),
-                              ('{"prompt_ids": [5], "response_ids": [999], "small_model_log_probs": [-1.0]}', "token ids that the learner"),
-                              ('{"prompt_ids": 5}', "line 2"), ("[]", "line 2"), ("{", "line 2"), ("[" * 10_000, "line 2")):
-        (tmp_path / "broken.jsonl").write_text(lines[0] + record + "\n" + lines[0])
-        with pytest.raises(ValueError, match=f"broken.jsonl, line 2: .*{complaint if complaint != 'line 2' else ''}"):
-            sampling.Pool([tmp_path / "broken.jsonl"], 60)
+
+
+@pytest.mark.parametrize("change, complaint", [
+    ({"small_model_log_probs": [-1.0]}, "as many log-probs"), ({"small_model_log_probs": [-1.0, math.inf]}, "'Infinity'"),
+    ({"small_model_log_probs": [-1.0, "x"]}, "finite"), ({"small_model_log_probs": [-1.0, -10 ** 400]}, "finite"),
+    ({"small_model_log_probs": [-1.0, True]}, "finite"), ({"small_model_log_probs": [-1.0, 5.0]}, "above 0"),
+    ({"response_ids": [1, 60]}, "token ids that the learner"), ({"response_ids": [1, -1]}, "token ids"), ({"response_ids": [1, 2.0]}, "token ids"),
+    ({"response_ids": [], "small_model_log_probs": []}, "at least one"), ({"prompt_ids": []}, "at least one"), ({"prompt_ids": 5}, ""),
+    ({"prompt_ids": [5] * 127}, r"127 \+ 2 tokens do not fit the learner's context of 128"), (b"[]", ""), (b"{", "not valid JSON"),
+    (b"[" * 10_000, "nested"), (b'{"prompt_ids": [5], "prompt_ids": [5]}', "a key comes twice"), (b"\0", ""), (b"\xff", "can't decode"), (b"5", "")])
+def test_a_broken_line_of_a_pool_is_named(change, complaint, tmp_path):
+    good = {"prompt_ids": [5], "response_ids": [1, 2], "small_model_log_probs": [-1.0, 0]}
+    line = json.dumps(good).encode() + b"\n"
+    broken = change if isinstance(change, bytes) else json.dumps(good | change).encode()
+    (tmp_path / "pool.jsonl").write_bytes(line + broken + b"\n" + line)
+    with pytest.raises(ValueError, match=f"pool.jsonl, line 2: not a rollout .*{complaint}") as refused:
+        sampling.Pool([tmp_path / "pool.jsonl"], 60, 128)
+    assert "\n" not in str(refused.value)
+    (tmp_path / "pool.jsonl").write_bytes(line + broken)
+    assert sampling.Pool([tmp_path / "pool.jsonl"], 60, 128).count([5]) == 1
+    (tmp_path / "pool.jsonl").write_bytes(line + b" " * reward.LONGEST_LINE)
+    with pytest.raises(ValueError, match="pool.jsonl, line 2: longer than"):
+        sampling.Pool([tmp_path / "pool.jsonl"], 60, 128)
 
 
 def test_a_pool_is_the_same_whether_or_not_it_was_killed(family, tmp_path, monkeypatch, capsys):

@@ -212,7 +212,7 @@ def resolve_args(args):
     if (config := Path(args.out, "config.json")).exists() and not args.overwrite:
         if not args.resume:
             raise ValueError(f"{args.out} already holds a run: --resume continues it, --overwrite replaces it")
-        before = json.loads(config.read_text())
+        before = reward.read_object(config)
         changed = [f"--{name.replace('_', '-')} {before.get(name)} -> {value}" for name, value in vars(args).items()
                    if name not in FREE and before.get(name) != value]
         if changed and not args.force:
@@ -278,7 +278,8 @@ class Run:
             check_lengths(model, own or checked, args.max_new_tokens)
             self.explorers.append(Explorer(model, tokenizer, dict(zip(map(tuple, checked), own))) if own else
                                   Explorer(model, self.tokenizer, None))
-        self.pool = Pool(args.explorer_pool, self.learner.num_tokens) if args.explorer_pool else None
+        context = self.learner.config.max_position_embeddings
+        self.pool = Pool(args.explorer_pool, self.learner.num_tokens, context) if args.explorer_pool else None
         if self.pool and not self.explorers:
             self.check_stock()
         # One end for all who share a tokeniser: else a base learner would learn a stop token of an instruct explorer and not

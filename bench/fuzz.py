@@ -1,24 +1,42 @@
-"""Scorers against hostile strings: every call must end quickly, with a verdict and not an exception.
+"""Hostile input: each string must get a verdict and each broken file one line that names it, quickly and without a crash.
 
-    python bench/fuzz.py --count 1000000            4 to 5 minutes on 2 cores
+    python bench/fuzz.py strings --count 1000000    through the scorers: 4 to 5 minutes on 2 cores
+    python bench/fuzz.py files --count 20000        through the loaders: 3 to 4 minutes on 2 cores
 
 Strings are random bytes, deeply nested or endlessly repeated LaTeX, numbers of thousands of digits, and real answers with
-pieces cut out, doubled and swapped, up to 20,000 characters (a response of 4,096 tokens is about that long). Each goes through
-score for two kinds of problem out of six, and against another string through answers_equal. Prints the slowest; a call that
-takes minutes ends the process and says where it was.
+pieces cut out, doubled and swapped, up to 20,000 characters (a response of 4,096 tokens is about that long); a tenth are of
+hypothesis's invention. Each goes through score for two kinds of problem out of six and, with another, through answers_equal.
+Files are problems, pools and checkpoints, with bytes, lines or JSON values cut, changed, doubled or swapped. What is loaded
+must work, and all else be refused by a ValueError or OSError of one line with the path. Prints the counts and the slowest.
+A call that takes minutes ends the process and says where it was.
 """
 import argparse
+import collections
+import contextlib
 import faulthandler
+import functools
+import json
 import multiprocessing
+import os
 import random
 import sys
+import tempfile
 import time
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import model as models
 import reward
+import sample as sampling
+from recipes.family import make_family
+
+try:
+    import hypothesis
+except ImportError:
+    hypothesis = print("without hypothesis: pip install hypothesis adds strings of its invention")
 
 PIECES = [*"{}[]()$\\,./^_=-+*%&~ \n\0 0123456789abcXYZ°≤−é", "\\boxed{", "\\frac{", "\\dfrac", "\\sqrt", "\\left(", "\\right)", "\\text{",
           "\\cup", "\\{", "\\}", "\\boxed", "####", "Answer:", "answer: ", "1/3", "1,000", "-0.5", "10^{", "x=", "\\pi", "^\\circ", "\\%",
@@ -47,13 +65,15 @@ def hostile(rng):
     return "".join(text)
 
 
-def work(job):
-    """(slowest seconds, its string) of a seeded batch."""
+def strings(count, seed):
+    """({"scored": number}, slowest seconds, its string) of a seeded batch."""
     faulthandler.dump_traceback_later(300, exit=True)
-    seed, count = job
-    rng, slowest, before = random.Random(seed), (0.0, ""), "1"
+    rng, slowest, before, texts = random.Random(seed), (0.0, ""), "1", []
+    if hypothesis:
+        how = hypothesis.settings(max_examples=count // 10, database=None, deadline=None)
+        hypothesis.seed(seed)(how(hypothesis.given(hypothesis.strategies.text())(lambda text: texts.append(text))))()
     for _ in range(count):
-        text = hostile(rng)
+        text = texts.pop() if texts else hostile(rng)
         started = time.thread_time()  # of this process alone, whatever else the machine does
         try:
             for problem in rng.sample(PROBLEMS, 2):
@@ -62,22 +82,117 @@ def work(job):
             reward.answers_equal(reward.extract_answer(text) or text, before)
         except Exception as error:
             raise RuntimeError(f"seed {seed}: {type(error).__name__}: {error} on {text[:300]!r}") from error
-        slowest = max(slowest, (time.thread_time() - started, text))
+        slowest = max(slowest, (time.thread_time() - started, repr(text[:100])))
         before = text[:rng.choice([20, 1000])]
-    return slowest
+    return {"scored": count}, *slowest
+
+
+VALUES = [None, True, -1, 0, 1, 2 ** 24, 2 ** 31, 2 ** 63, 10 ** 400, -0.5, 1e308, float("nan"), "", "x", "\ud800", "\0", "../x", "/etc/passwd",
+          "model.safetensors", "é" * 300, [], [0], [-1], ["x"], {}, {"a": {}}, {"rope_type": "llama3"}]
+FAULTS = [b"\0", b"\xff\xfe", b"\xef\xbb\xbf", b"\xc3", b"NaN", b"-Infinity", b'"', b"{", b"[" * 5_000, b"9" * 5_000, b"\n", b"\r", b'"a":1,"a":2,']
+
+
+def other_value(rng, value):
+    """JSON with one of its values replaced or left out."""
+    if not isinstance(value, (dict, list)) or not value or rng.random() < 0.05:
+        return rng.choice(VALUES)
+    value, kind = value.copy(), rng.randrange(6)
+    place = rng.choice(list(value) if isinstance(value, dict) else range(len(value)))
+    value[place] = value[rng.choice(list(value))] if kind == 1 and isinstance(value, dict) else other_value(rng, value[place])
+    if kind == 0:
+        del value[place]
+    return value
+
+
+def damaged(rng, data, other):
+    """Bytes with a fault in them; `other` are those of another file of the kind."""
+    i, k = rng.randrange(len(data) + 1), rng.randrange(len(lines := data.splitlines(keepends=True)))
+    if rng.random() < 0.6:
+        line = rng.choice([[], [lines[k]] * 2, lines[k:] + lines[:k], [lines[k][:i % len(lines[k])] + b"\n"], [b"\n"]])
+        return rng.choice([data[:i], data[:i] + data[i + 1:], data[:i] + data[i + 1000:], data[:i] + other[i:],
+                           *[data[:i] + rng.choice(FAULTS) + data[i:]] * 4, *[data[:i] + rng.randbytes(1) + data[i + 1:]] * 4,
+                           data.replace(b"{", b'{"a": 1, "a": 2, ', 1), *[b"".join(lines[:k] + line + lines[k + 1:])] * 3])
+    start, end = (8, 8 + int.from_bytes(data[:8], "little")) if data[8:10] == b'{"' else (0, len(data))  # of a safetensors header
+    text = data[start:end] if start else rng.choice([data, lines[k]])
+    try:
+        new = json.dumps(other_value(rng, json.loads(text))).encode() + b"\n" * text.endswith(b"\n")
+    except ValueError:
+        return data[:i]
+    return len(new).to_bytes(8, "little") + new + data[end:] if start else data.replace(text, new, 1)
+
+
+@functools.cache
+def good_files():
+    """({kind: {name: bytes}}, {name: bytes} of another checkpoint, a model, its tokeniser)."""
+    with tempfile.TemporaryDirectory() as directory:
+        out = Path(directory, "family")
+        make_family(out, "natural", sizes={"learner": (16, 2), "explorer": (24, 1)}, corpus_size=640, epochs=4)
+        whole, another = ({file.name: file.read_bytes() for file in (out / name).iterdir()} for name in ("learner", "explorer"))
+        weights, pair = dict(models.read_safetensors(out / "learner" / "model.safetensors")), models.load(out / "learner")
+        shard_of = {name: f"model-{i % 2}.safetensors" for i, name in enumerate(weights)}
+        shards = whole | {"model.safetensors.index.json": json.dumps({"metadata": {}, "weight_map": shard_of}).encode()}
+        del shards["model.safetensors"]
+        for shard in shard_of.values():
+            models.write_safetensors(out / shard, {name: weights[name] for name in weights if shard_of[name] == shard})
+            shards[shard] = (out / shard).read_bytes()
+        problems = b"".join((out / "train.jsonl").read_bytes().splitlines(keepends=True)[:20])
+    rollout = b'{"prompt_ids": [%d, 2], "response_ids": [1, 3, 0], "small_model_log_probs": [-0.5, -1.0, -0.1]}\n'
+    pool = b"".join(rollout % i for i in range(9))
+    return {"problems": {"a.jsonl": problems}, "pool": {"a.jsonl": pool}, "checkpoint": whole, "shards": shards}, another, *pair
+
+
+def use(kind, directory):
+    """Loads what is there, files of this kind, and uses it."""
+    model, tokenizer = good_files()[2:]
+    if kind == "problems":
+        for problem in reward.load_problems(directory):
+            sampling.encode_prompt(problem, tokenizer)
+    elif kind == "pool":
+        pool = sampling.Pool([Path(directory, "a.jsonl")], model.num_tokens, model.config.max_position_embeddings)
+        assert not pool.places or pool.draw(list(pool.places), 1, torch.Generator(), model)
+    else:
+        model, tokenizer = models.load(directory)
+        model(torch.zeros(1, 3, dtype=torch.long))
+        tokenizer.decode(sampling.encode_prompt(reward.Problem("1+2=", "3"), tokenizer))
+
+
+def files(count, seed):
+    """({"kind loaded" or "kind refused": number}, slowest seconds, what it was) of a seeded batch."""
+    faulthandler.dump_traceback_later(300, exit=True)
+    (good, another, *_), rng, found, slowest = good_files(), random.Random(seed), collections.Counter(), (0.0, "")
+    for i in range(count):
+        kind = rng.choice(list(good))
+        broken, verdict = rng.choice(list(good[kind])), "loaded"
+        with tempfile.TemporaryDirectory() as directory, contextlib.redirect_stdout(None):
+            for name, data in good[kind].items():
+                Path(directory, name).write_bytes(damaged(rng, data, another.get(name, good["pool"]["a.jsonl"])) if name == broken else data)
+            case, started = f"seed {seed}, number {i}: {kind}, {broken}", time.thread_time()
+            try:
+                use(kind, directory)
+            except BaseException as error:  # a panic of a library in Rust is no Exception
+                verdict = "refused"
+                if not isinstance(error, (ValueError, OSError)) or directory not in str(error) or "\n" in str(error):
+                    raise RuntimeError(f"{case}: {type(error).__name__}: {error}") from error
+        found[f"{kind} {verdict}"] += 1
+        slowest = max(slowest, (time.thread_time() - started, case))
+    return found, *slowest
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Fuzz reward.py.")
-    parser.add_argument("--count", type=int, default=1_000_000, help="strings")
+    parser = argparse.ArgumentParser(description="Fuzz the scorers or the loaders.")
+    parser.add_argument("what", nargs="?", choices=("strings", "files"), default="strings")
+    parser.add_argument("--count", type=int, help="1,000,000 strings or 20,000 files where not given")
     args = parser.parse_args()
-    batch, slowest = 1_000, (0.0, "")
+    work, batch, count = {"strings": (strings, 1_000, 1_000_000), "files": (files, 100, 20_000)}[args.what]
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1",
+                   "PYTHONWARNINGS": "ignore"}  # of the workers
+    found, slowest = collections.Counter(), (0.0, "")
     with multiprocessing.get_context("spawn").Pool() as pool:
-        jobs = [(seed, batch) for seed in range(-(-args.count // batch))]
-        for found in tqdm(pool.imap_unordered(work, jobs), total=len(jobs), unit="k strings", dynamic_ncols=True):
-            slowest = max(slowest, found)
-    print(f"{len(jobs) * batch:,} strings, no exception; the slowest took {slowest[0] * 1000:.1f} ms for three verdicts: "
-          f"{slowest[1][:100]!r} ({len(slowest[1]):,} characters)")
+        work, seeds = functools.partial(work, batch), range(-(-(args.count or count) // batch))
+        for verdicts, *case in tqdm(pool.imap_unordered(work, seeds), total=len(seeds), unit="batch", dynamic_ncols=True):
+            found, slowest = found + collections.Counter(verdicts), max(slowest, tuple(case))
+    print(*(f"{verdict:20} {number:10,}" for verdict, number in sorted(found.items())),
+          f"no crash; the slowest took {slowest[0] * 1000:.1f} ms: {slowest[1]}", sep="\n")
 
 
 if __name__ == "__main__":
