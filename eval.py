@@ -101,13 +101,12 @@ def plot_curves(axis, ks, curves):
 def new_figure(panels):
     """(figure, axes), or None with a note where matplotlib is missing: only the pictures need it."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         print("no picture: pip install matplotlib draws it", file=sys.stderr)
         return None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    return pyplot.subplots(1, panels, figsize=(5.2 * panels, 3.8), layout="constrained")
+    figure = Figure(figsize=(5.2 * panels, 3.8), layout="constrained")
+    return figure, figure.subplots(1, panels)
 
 
 def draw_run(directory):
@@ -195,7 +194,7 @@ def evaluate_resumably(args, model, tokenizer, problems, path, title, at_once=16
     ValueError names a line of `path` that is not its problem's."""
     most = {"answer": args.n, "strict": args.n, "truncated": args.n, "tokens": args.n * args.max_new_tokens}
     lines, ends = [], [0]  # and where in the file each ends
-    with open(path, "ab+") as file, tqdm(total=len(problems), desc=title, unit="problem", dynamic_ncols=True) as bar:
+    with open(path, "ab+") as file:
         lock(file, path)
         file.seek(0)
         for number, line in enumerate(file, 1):
@@ -211,7 +210,7 @@ def evaluate_resumably(args, model, tokenizer, problems, path, title, at_once=16
                 raise ValueError(f"{path}, line {number}: not of this evaluation, remove the file: {str(error):.100}") from None
         lines = lines if len(lines) == len(problems) else lines[:len(lines) // at_once * at_once]
         file.truncate(ends[len(lines)])
-        bar.initial = bar.n = len(lines)
+        bar = tqdm(total=len(problems), initial=len(lines), desc=title, unit="problem", dynamic_ncols=True)
         for start in range(len(lines), len(problems), at_once):
             batch = problems[start:start + at_once]
             found = fitting(args, "rollout_rows", args.n, lambda: evaluate(
@@ -223,6 +222,7 @@ def evaluate_resumably(args, model, tokenizer, problems, path, title, at_once=16
                 file.write(json.dumps(lines[-1]).encode() + b"\n")
             file.flush()
             bar.update(len(batch))
+        bar.close()
     return {key: [line[key] for line in lines] for key in most}
 
 

@@ -385,7 +385,7 @@ def write_pool(args, model, tokenizer):
     out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(note, lambda file: file.write(json.dumps(settings, indent=1).encode()))
     done = place = keep = 0  # whole lines; where the next one begins; where the last whole batch ends
-    with open(out, "ab+") as file, tqdm(total=len(problems), unit="problem", desc=str(out), dynamic_ncols=True) as bar:
+    with open(out, "ab+") as file:
         lock(file, out)
         file.seek(0)
         for line in file:
@@ -393,7 +393,7 @@ def write_pool(args, model, tokenizer):
             keep = place if done % (at_once * args.n) == 0 or done == len(problems) * args.n else keep
         file.truncate(keep)
         done = len(problems) if done == len(problems) * args.n else done // (at_once * args.n) * at_once  # problems
-        bar.initial = bar.n = done
+        bar = tqdm(total=len(problems), initial=done, unit="problem", desc=str(out), dynamic_ncols=True)
         for start in range(done, len(problems), at_once):
             batch = problems[start:start + at_once]
             rollouts = fitting(args, "rollout_rows", args.n, lambda: sample(
@@ -410,6 +410,7 @@ def write_pool(args, model, tokenizer):
                     file.write(json.dumps(record).encode() + b"\n")
             file.flush()
             bar.update(len(batch))
+        bar.close()
 
 
 def main():

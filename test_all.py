@@ -1808,7 +1808,7 @@ def test_a_signal_leaves_a_usable_run(number, code, family, tmp_path):
 def test_a_signal_stops_at_once_but_within_an_update_after_its_step(family, tmp_path):
     """Between two optimiser steps the weights are those of no whole step: there is nothing to save until the step is over."""
     args, run = prepared(family, tmp_path / "run", "--eval-problems", 1)
-    real_step, real_evaluate, evaluated = run.optimizer.step, run.evaluate, []
+    real_step = run.optimizer.step
 
     def step(*inputs):
         norm = real_step(*inputs)
@@ -1910,7 +1910,7 @@ def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(family, tmp_path, 
     with pytest.raises(SystemExit) as stopped:
         training.main()
     error = capsys.readouterr().err
-    assert stopped.value.code == 2 and "not finite in 3 steps in a row, up to step 5" in error
+    assert stopped.value.code == 2 and "not finite in 3 steps in a row, up to step 5" in error and "saved before, checkpoint_000002.pt" in error
     assert "step 3: 2 of 2 updates skipped" in error and f"problems, counted from 0: {training.batch_of(3, 4, len(reward.load_problems(family / 'train.jsonl')), 0)}" in error
     assert max((tmp_path / "run").glob("checkpoint_*")).name == "checkpoint_000002.pt"
 

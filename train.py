@@ -291,8 +291,8 @@ class Run:
         self.stop_id = self.tokenizer.eos_token_id if self.tokenizer.eos_token_id in stop_ids else max(stop_ids, default=0)
 
         self.claim()
-        self.keep("config.json", json.dumps(vars(args) | {"resume": False, "force": False, "overwrite": False}, indent=2))
-        self.keep("metrics.jsonl", "".join(map(as_json, self.lines[:-1])))  # the last one by `complete`
+        self.write("config.json", json.dumps(vars(args) | {"resume": False, "force": False, "overwrite": False}, indent=2))
+        self.write("metrics.jsonl", "".join(map(as_json, self.lines[:-1])))  # the last one by `complete`
         size = lambda model: f"{sum(p.numel() for p in model.parameters()):,} parameters"
         trained = f", of which LoRA trains {sum(w.numel() for w in self.optimizer.weights):,}" if args.lora_rank else ""
         print(f"learner   {args.learner}: {size(self.learner)}{trained}, on {device}")
@@ -305,7 +305,7 @@ class Run:
         print(f"compile   {'on' if self.learner.compiled else 'off'} (--compile {args.compile}: up to {tokens:,} tokens to "
               f"write, on from {COMPILE_FROM:,})")
         first_prompt = self.tokenizer.decode(self.prompts[0])
-        self.keep("first_prompt.txt", first_prompt)
+        self.write("first_prompt.txt", first_prompt)
         print(f"problems  {len(self.problems)} to train on, {len(self.eval_problems)} held out; the first prompt:\n"
               f"          {first_prompt!r}")
 
@@ -336,7 +336,7 @@ class Run:
         if (self.out / "config.json").exists() and not (self.args.resume or self.args.overwrite):
             raise ValueError(f"{self.out} already holds a run: --resume continues it, --overwrite replaces it")
         if self.args.overwrite:
-            for path in (*self.out.glob("checkpoint_*"), self.out / "metrics.jsonl", self.out / "pass_at_k.json"):
+            for path in (*self.out.glob("checkpoint_*"), *self.out.glob("rollouts/*"), self.out / "pass_at_k.json"):
                 path.unlink(missing_ok=True)
 
     def restore(self):
@@ -377,7 +377,7 @@ class Run:
         except (OSError, RuntimeError) as error:  # PyTorch has its own for a file that cannot be written to the end
             self.warn(f"step {step} is not saved: {str(error).splitlines()[0]}")
 
-    def keep(self, name, text):
+    def write(self, name, text):
         """Writes a file of the run; if that fails it warns, for no file but a checkpoint is needed to go on."""
         try:
             (self.out / name).parent.mkdir(exist_ok=True)
@@ -400,17 +400,18 @@ class Run:
             path, ks = self.out / "pass_at_k.json", powers_of_two(args.eval_n)
             curves = json.loads(path.read_text()) if path.exists() else {"k": ks}
             curves[curve_name] = [pass_at_k(result["strict"], args.eval_n, k) for k in ks]
-            self.keep("pass_at_k.json", json.dumps(curves))
+            self.write("pass_at_k.json", json.dumps(curves))
         return {f"eval_{prefix}pass@{k}": pass_at_k(result[kind], args.eval_n, k)
                 for prefix, kind in (("", "answer"), ("strict_", "strict")) for k in (1, 16) if k <= args.eval_n}
 
     def before_training(self):
         print(f"pass@k before training: {len(self.eval_problems)} held-out problems, {self.args.eval_n} rollouts each")
-        self.lines.append({"step": 0} | self.evaluate(self.learner, "learner before"))
+        line = {"step": 0} | self.evaluate(self.learner, "learner before")
         for i, explorer in enumerate(self.explorers, 1):
             self.evaluate(explorer.model, "explorer" if len(self.explorers) == 1 else f"explorer {i}", explorer.tokenizer)
         curves = json.loads((self.out / "pass_at_k.json").read_text())
         print(table(curves.pop("k"), curves))
+        self.lines.append(line)
 
     def steps(self):
         """Yields the steps to take under a progress bar, saving on the way."""
@@ -446,8 +447,8 @@ class Run:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
         signal.alarm(0)
-        if self.optimizer.moved:
-            self.warn("the update under way is given up: --resume goes on from the last checkpoint")
+        if self.optimizer.moved or not self.lines:
+            self.warn("the step under way is given up: --resume goes on from the last checkpoint, or from the beginning")
             sys.exit(128 + self.stopped)
         self.save()
         signal.signal(signal.SIGALRM, lambda *_: sys.exit(128 + self.stopped))
@@ -480,7 +481,7 @@ class Run:
             raise KeyboardInterrupt
         if self.is_evaluated(step):
             group = zip(explorer[0].tolist(), rewards[0].tolist(), texts[0])
-            self.keep(f"rollouts/step_{step}.txt", self.problems[batch[0]].question + "\n\n" + "\n".join(
+            self.write(f"rollouts/step_{step}.txt", self.problems[batch[0]].question + "\n\n" + "\n".join(
                 f"{'explorer' if by_explorer else 'learner'}, reward {r:g}: {text}" for by_explorer, r, text in group))
         self.complete()
         self.bar.set_postfix(reward=f"{line['reward']:.2f}", explorer=f"{line['share']:.0%}")
@@ -493,8 +494,9 @@ class Run:
                       f"the step's problems, counted from 0: {batch}")
         bad = [*itertools.takewhile(lambda line: line.get("skipped_updates"), reversed(self.lines))]
         if len(bad) >= args.max_bad_steps:
-            raise FloatingPointError(f"loss or gradient not finite in {len(bad)} steps in a row, up to step {step}: the checkpoints "
-                                     f"in {self.out} are from before; --resume --force with a lower --lr goes on from there")
+            saved = max((path.name for path in self.out.glob("checkpoint_*.pt")), default="nothing")
+            raise FloatingPointError(f"loss or gradient not finite in {len(bad)} steps in a row, up to step {step}: with a lower --lr, "
+                                     f"--resume --force goes on from what was saved before, {saved}")
 
     def is_evaluated(self, step):
         every = self.args.eval_every
@@ -517,11 +519,9 @@ class Run:
     def finish(self, seconds):
         """Saves the learner, draws the picture, says what came out and what to try next."""
         lines = self.lines
-        self.keep("metrics.jsonl", "".join(map(as_json, lines)))
+        self.write("metrics.jsonl", "".join(map(as_json, lines)))
         save(self.learner, self.tokenizer, self.out / "learner")
         draw_run(self.out)
-        signal.alarm(0)
-        os.close(self.locked)
         evals = [line for line in lines if "eval_pass@1" in line]
         if len(evals) > 1:
             print(f"\n{'held out':16}{'before':>10}{'step ' + str(evals[-1]['step']):>10}")
@@ -538,25 +538,35 @@ class Run:
             print("try next, the same with an explorer: leave out `--explorer none`")
         else:
             print(f"try next, the same without an explorer: {again} --explorer none")
+        signal.alarm(0)
+        os.close(self.locked)
+
+
+def fail(error):
+    print(f"train.py: error: {str(error).splitlines()[0]}", file=sys.stderr)
+    sys.exit(2)
 
 
 def main():
-    args, started, run = parse_args(), time.time(), None
+    args, started = parse_args(), time.time()
     try:
         resolve_args(args)
         run = Run(args)
-        try:
-            train(args, run)
-        except KeyboardInterrupt:
-            run.stop()
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        fail(error)
+    try:
+        train(args, run)
         run.finish(time.time() - started)
-    except (*((ValueError,) if run is None else ()), OSError, OutOfMemory, torch.OutOfMemoryError, FloatingPointError) as error:
-        if run and not (run.optimizer.moved or isinstance(error, FloatingPointError)):
-            run.save()
-        print(f"train.py: error: {str(error).splitlines()[0]}", file=sys.stderr)
-        sys.exit(2)
-    if run.stopped:
+    except KeyboardInterrupt:
+        run.stop()
+        run.finish(time.time() - started)
         sys.exit(128 + run.stopped)  # what a shell expects of a program ended by a signal
+    except FloatingPointError as error:
+        fail(error)
+    except (OSError, OutOfMemory, torch.OutOfMemoryError) as error:
+        if not run.optimizer.moved:
+            run.save()
+        fail(error)
 
 
 if __name__ == "__main__":

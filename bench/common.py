@@ -86,6 +86,15 @@ def peak_memory(function):
     return peak - max(before, rss("VmRSS") if kept is not None else 0)
 
 
+def laptop_family():
+    """Directory of the two models that `python train.py` makes the first time."""
+    from recipes.family import make_family
+    family = Path(__file__).resolve().parent.parent / "runs" / "family-habit"
+    if not family.exists():
+        make_family(family)
+    return family
+
+
 TARGETS = []
 
 

@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 
 import torch
+from common import laptop_family
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -88,15 +89,13 @@ def main():
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as directory:
         directory = Path(directory)
-        from recipes.family import make_family
-        make_family(directory / "family", "habit", sizes={"learner": (32, 2), "explorer": (16, 1)}, corpus_size=2048, epochs=2)
-        family = directory / "family"
+        family = laptop_family()
         subprocess.run([sys.executable, ROOT / "sample.py", "--model", family / "explorer", "--data", family / "train.jsonl", "--n", "8",
-                        "--max-new-tokens", "4", "--out", directory / "pool.jsonl"], check=True, stderr=subprocess.DEVNULL)
+                        "--max-new-tokens", "16", "--out", directory / "pool.jsonl"], check=True, stderr=subprocess.DEVNULL)
         for i, (name, more) in enumerate(RUNS.items()):
             flags = ["--learner", family / "learner", "--explorer", family / "explorer", "--data", family / "train.jsonl",
                      "--eval-data", family / "heldout.jsonl", "--steps", 40, "--prompts-per-step", 4, "--group-size", 8,
-                     "--max-new-tokens", 4, "--eval-problems", 32, "--eval-n", 16, "--eval-every", 2, "--save-every", 3,
+                     "--eval-problems", 32, "--eval-n", 16, "--eval-every", 2, "--save-every", 3,
                      "--device", "cpu", *more]
             if "--explorer-pool" in flags:
                 del flags[2:4]

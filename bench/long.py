@@ -13,8 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
-from common import report, target
-from recipes.family import make_family
+from common import laptop_family, report, target
 
 
 def main():
@@ -22,8 +21,7 @@ def main():
     parser.add_argument("--steps", type=int, default=2_000)
     steps = parser.parse_args().steps
     with tempfile.TemporaryDirectory() as directory:
-        family, out = Path(directory, "family"), Path(directory, "run")
-        make_family(family, "habit", sizes={"learner": (32, 2), "explorer": (16, 1)}, corpus_size=2048, epochs=2)
+        family, out = laptop_family(), Path(directory, "run")
         args = train.parse_args([str(flag) for flag in (
             "--learner", family / "learner", "--explorer", family / "explorer", "--data", family / "train.jsonl", "--eval-data",
             family / "heldout.jsonl", "--out", out, "--steps", steps, "--schedule", "constant", "--prompts-per-step", 4, "--group-size", 8,

@@ -131,8 +131,7 @@ def work(job):
         anneal.sample = thinned if arm == "thinned" else sample
         run = train.Run(args)
         train.train(args, run)
-        if run.interrupted:  # Ctrl-C, which a run takes as a wish to stop after the step
-            raise KeyboardInterrupt
+        os.close(run.locked)
         path_of(*job).parent.mkdir(parents=True, exist_ok=True)
         os.replace(out / "metrics.jsonl", path_of(*job))
         shutil.rmtree(out)
