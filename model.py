@@ -240,6 +240,28 @@ class Transformer(nn.Module):
         return self.norm(x)
 
 
+class OutOfMemory(Exception):
+    """Memory does not suffice for the smallest batch there is."""
+
+
+def fitting(args, flag, least, work):
+    """work(), which reads args.<flag>, a batch size; where memory does not suffice, again with half of it, which stays so.
+    Anything random that `work` draws, it must draw anew. OutOfMemory where `least` does not fit either."""
+    while True:
+        try:
+            return work()
+        except RuntimeError as error:  # PyTorch's of the GPU is one too
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
+        # Only here, behind the `except`, are the tensors of the attempt let go of.
+        name, size = "--" + flag.replace("_", "-"), getattr(args, flag)
+        if size <= least:
+            raise OutOfMemory(f"out of memory even with {name} {size}: --dtype bfloat16, shorter --max-new-tokens, --lora-rank and "
+                              "--checkpoint-layers in training, or a smaller model need less (recipes/plan.py says how much)")
+        setattr(args, flag, max(least, size // 2))
+        tqdm.write(f"out of memory: going on with {name} {getattr(args, flag)}", file=sys.stderr)
+
+
 # ---- log pi(target) without the [tokens, vocabulary] array -------------------------------------------------------
 
 def naive_logprobs(hidden, weight, targets, temperature=1.0):
@@ -283,28 +305,6 @@ def compiled(function):
             return function(*inputs)
     chosen = torch.compile(function, dynamic=True)
     return run
-
-
-class OutOfMemory(Exception):
-    """Memory does not suffice for the smallest batch there is."""
-
-
-def fitting(args, flag, least, work):
-    """work(), which reads args.<flag>, a batch size; where memory does not suffice, again with half of it, which stays so.
-    Anything random that `work` draws, it must draw anew. OutOfMemory where `least` does not fit either."""
-    while True:
-        try:
-            return work()
-        except RuntimeError as error:  # PyTorch's of the GPU is one too
-            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-                raise
-        # Only here, behind the `except`, are the tensors of the attempt let go of.
-        name, size = "--" + flag.replace("_", "-"), getattr(args, flag)
-        if size <= least:
-            raise OutOfMemory(f"out of memory even with {name} {size}: --dtype bfloat16, shorter --max-new-tokens, --lora-rank and "
-                              "--checkpoint-layers in training, or a smaller model need less (recipes/plan.py says how much)")
-        setattr(args, flag, max(least, size // 2))
-        tqdm.write(f"out of memory: going on with {name} {getattr(args, flag)}", file=sys.stderr)
 
 
 class _FusedLogProb(torch.autograd.Function):

@@ -219,7 +219,9 @@ def as_problem(record):
     if task in TASKS and not TASKS[task].fullmatch(question):
         raise ValueError(f"{question[:40]!r} is no question of task {task!r}")
     boxed = last_boxed(str(answer)) if "answer" not in record else None
-    return Problem(question, boxed or str(answer).rpartition("####")[2].strip(), task)
+    if not (answer := boxed or str(answer).rpartition("####")[2].strip()):
+        raise ValueError("the answer is empty")  # an empty box would be right
+    return Problem(question, answer, task)
 
 
 def load_problems(source):

@@ -939,6 +939,7 @@ def test_corpora_and_problems(task):
     (b'{"question": 1, "answer": "2"}', "line 2: `question` must be text"), (b'{"question": "q", "answer": null}', "line 2"),
     (b'{"question": "q", "answer": true}', "line 2: .* text or a number"), (b'{"question": "q", "answer": NaN}', "line 2: .* 'NaN'"),
     (b'{"question": "q", "answer": "1", "task": "chess"}', "line 2: unknown task 'chess'"), (b"[" * 100_000, "line 2: not valid JSON: nested"),
+    (b'{"question": "q", "answer": "so #### "}', "line 2: the answer is empty"),
     (b'{"question": "q", "answer": "1", "task": []}', "line 2: unknown task"), (b"\0", "line 2: not valid JSON"), (b"{}{}", "line 2: .* Extra data"),
     (b'{"question": "Bfa=", "answer": "1", "task": "habit"}', "line 2: 'Bfa=' is no question of task 'habit'"),
     (b'{"question": "3+=", "answer": "1", "task": "natural"}', "line 2: '3\\+=' is no question"),

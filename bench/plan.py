@@ -71,7 +71,7 @@ def step(args, model, reference):
 
 
 def main():
-    flags = ["--prompts-per-step", "2", "--group-size", "8", "--max-new-tokens", "64", "--minibatches", "1", "--explorer", "none",
+    flags = ["--prompts-per-step", "4", "--group-size", "8", "--max-new-tokens", "64", "--minibatches", "1", "--explorer", "none",
              "--micro-batch-tokens", "2048"]
     if len(sys.argv) > 1:
         print(json.dumps(measure(train.parse_args([*flags, *sys.argv[1:]]))))

@@ -6,7 +6,7 @@
 takes train.py's flags and reads nothing but the models' config.json (--learner also takes the path of one). Nothing is
 guessed: the models are made on torch's "meta" device, which knows shapes and holds no numbers, the forward pass of one
 micro-batch is run there, and what autograd would keep for the backward pass is added up. Every response is taken to be as
-long as it may get, so this is the worst case. `bench/plan.py` compares it with measured peaks.
+long as it may get and an update to take several micro-batches, so this is the worst case. `bench/plan.py` compares it with measured peaks.
 """
 import argparse
 import json
