@@ -124,7 +124,7 @@ def draw_run(directory):
     right.fill_between(x, share, step="mid", alpha=0.15, color="tab:orange", label="explorer's share")
     right.plot(x, [line["reward"] for line in steps], color="grey", linewidth=0.8, label="reward in training")
     for key, label in (("eval_strict_pass@1", "held-out pass@1"), ("eval_strict_pass@16", "held-out pass@16")):
-        if evals and key in evals[0]:
+        if evals and all(key in line for line in evals):
             right.plot([line["step"] for line in evals], [line[key] for line in evals], "o-", markersize=4, label=label)
     right.set(xlabel="step", ylim=(0, 1.02), title="training")
     right.legend(fontsize=8)

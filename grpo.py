@@ -274,7 +274,7 @@ class Optimizer:
                 weight.copy_(master)
 
     def state(self):
-        return {"masters": self.masters, "adamw": [adamw.state_dict() for adamw in self.adamw]}
+        return {"masters": self.masters, "moments": [adamw.state_dict()["state"] for adamw in self.adamw]}
 
     @torch.no_grad()
     def restore(self, state):
@@ -283,7 +283,7 @@ class Optimizer:
             raise ValueError("it holds weights of other sizes")
         for master, saved in zip(self.masters, state["masters"]):
             master.copy_(saved)
-        for adamw, saved in zip(self.adamw, state["adamw"], strict=True):
-            adamw.load_state_dict(saved)
+        for adamw, saved in zip(self.adamw, state["moments"], strict=True):
+            adamw.load_state_dict(adamw.state_dict() | {"state": saved})  # at the learning rate of now
             self.cast_moments(adamw, self.dtype)  # which AdamW widens, exactly
         self.copy_masters()

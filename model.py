@@ -240,6 +240,13 @@ class Transformer(nn.Module):
         return self.norm(x)
 
 
+# ---- when memory does not suffice ------------------------------------------------------------------------------------
+
+OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|ALLOC_FAILED")  # of CUDA and MPS, of the CPU, of cuBLAS
+WHAT_HELPS = ("--dtype bfloat16, a shorter --max-new-tokens, in training --lora-rank, --optimizer-dtype bfloat16 and --checkpoint-layers, "
+              "or a smaller model need less (recipes/plan.py says how much)")
+
+
 class OutOfMemory(Exception):
     """Memory does not suffice for the smallest batch there is."""
 
@@ -250,14 +257,13 @@ def fitting(args, flag, least, work):
     while True:
         try:
             return work()
-        except RuntimeError as error:  # PyTorch's of the GPU is one too
-            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        except RuntimeError as error:
+            if not OUT_OF_MEMORY.search(str(error)):
                 raise
         # Only here, behind the `except`, are the tensors of the attempt let go of.
         name, size = "--" + flag.replace("_", "-"), getattr(args, flag)
         if size <= least:
-            raise OutOfMemory(f"out of memory even with {name} {size}: --dtype bfloat16, shorter --max-new-tokens, --lora-rank and "
-                              "--checkpoint-layers in training, or a smaller model need less (recipes/plan.py says how much)")
+            raise OutOfMemory(f"out of memory even with {name} {size}: {WHAT_HELPS}")
         setattr(args, flag, max(least, size // 2))
         tqdm.write(f"out of memory: going on with {name} {getattr(args, flag)}", file=sys.stderr)
 
@@ -415,6 +421,8 @@ def lock(handle, path):
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ValueError(f"{path}: another process is writing there") from None
+    except OSError as error:  # some network file systems
+        warnings.warn(f"{path} cannot be locked ({error.strerror}): see to it that no other process writes there")
 
 
 def write_safetensors(path, tensors):

@@ -251,8 +251,10 @@ def save_problems(problems, path):
 
 def last_boxed(text):
     """Content of the last balanced `\\boxed{...}`, nested braces included, in one pass; None if there is none."""
+    if "\\boxed" not in text:
+        return None  # at once: a response of nothing but braces has many thousands
     opened, best = [], (-1, None)
-    for token in re.finditer(r"\\boxed *\{|\\.|[{}]", text, re.DOTALL):
+    for token in re.finditer(r"\\boxed *\{|\\[\\{}]|[{}]", text):
         if token[0].endswith("{") and token[0] != r"\{":
             opened.append((token.start(), token.end(), len(token[0]) > 1))
         elif token[0] == "}" and opened:

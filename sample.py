@@ -380,13 +380,13 @@ def write_pool(args, model, tokenizer):
     check_lengths(model, prompts, args.max_new_tokens)
     settings = {key: value for key, value in vars(args).items() if key not in ("out", "device", "prompt", "chat", "rollout_rows")}
     note = out.with_name(out.name + ".settings.json")  # beside the pool, whose records hold the authors' fields alone
-    if out.exists() and (not note.exists() or reward.read_object(note) != settings):
-        raise ValueError(f"{out} was made with other settings ({note}): take another --out, or remove both")
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(note, lambda file: file.write(json.dumps(settings, indent=1).encode()))
     done = place = keep = 0  # whole lines; where the next one begins; where the last whole batch ends
     with open(out, "ab+") as file:
         lock(file, out)
+        if out.stat().st_size and (not note.exists() or reward.read_object(note) != settings):
+            raise ValueError(f"{out} was made with other settings ({note}): take another --out, or remove both")
+        write_whole(note, lambda file: file.write(json.dumps(settings, indent=1).encode()))
         file.seek(0)
         for line in file:
             done, place = done + line.endswith(b"\n"), place + len(line)
@@ -439,8 +439,9 @@ def main():
             raise ValueError(f"--chat: the tokeniser of {args.model} has no chat template")
         prompt = (encode_prompt(reward.Problem(args.prompt, "", "instructed"), tokenizer, thinking=args.thinking) if args.chat
                   else tokenizer(args.prompt).input_ids)
-        rollouts = sample(model, [prompt], args.n, torch.Generator().manual_seed(args.seed), args.max_new_tokens,
-                          args.temperature, args.top_k, args.top_p, args.presence_penalty, args.rollout_rows)
+        rollouts = fitting(args, "rollout_rows", args.n, lambda: sample(
+            model, [prompt], args.n, torch.Generator().manual_seed(args.seed), args.max_new_tokens, args.temperature, args.top_k,
+            args.top_p, args.presence_penalty, args.rollout_rows))
     except (ValueError, OSError, OutOfMemory) as error:
         print(f"sample.py: error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -60,6 +60,15 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
+@pytest.fixture(autouse=True)
+def handlers():
+    """Puts back what runs do to signals."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture(scope="session")
 def family(tmp_path_factory):
     """A family that adds two digits, often wrongly: real checkpoints with rewards to learn from, in a few seconds."""
@@ -1819,14 +1828,15 @@ def test_a_signal_stops_at_once_but_within_an_update_after_its_step(family, tmp_
     run.optimizer.step = step
     with pytest.raises(KeyboardInterrupt):
         training.train(args, run)
-    signal.alarm(0)
-    assert run.lines[-1]["step"] == 2 and not run.optimizer.moved
+    run.timer.cancel()
+    assert run.lines[-1]["step"] == 2 and not run.optimizer.moved and run.timer.interval == 8
     run.stopped = None
     with pytest.raises(KeyboardInterrupt):
         run.interrupt(signal.SIGTERM, None)
     run.optimizer.moved, run.stopped = True, signal.SIGTERM  # the second one, or 8 seconds later, does not wait
     with pytest.raises(KeyboardInterrupt):
-        run.interrupt(signal.SIGALRM, None)
+        run.interrupt(signal.SIGTERM, None)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN  # the saving that follows is not to be disturbed
     os.close(run.locked)
 
 
@@ -1892,6 +1902,7 @@ def test_one_run_an_out(family, tmp_path, capsys):
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == kept
     run, lines = train_here(family, tmp_path / "run", "--resume", "--steps", 5, "--mix-steps", 2, "--force", "--lr", 1e-4)
     assert run.first_step == 5 and [line["step"] for line in lines] == [0, 1, 2, 3, 4, 5]
+    assert run.optimizer.adamw[0].param_groups[0]["lr"] == 1e-4
     run, lines = train_here(family, tmp_path / "run", "--overwrite", "--steps", 2)
     assert run.first_step == 1 and [line["step"] for line in lines] == [0, 1, 2]
     assert [path.name for path in (tmp_path / "run").glob("checkpoint_*")] == ["checkpoint_000002.pt"]
@@ -1911,7 +1922,7 @@ def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(family, tmp_path, 
     with pytest.raises(SystemExit) as stopped:
         training.main()
     error = capsys.readouterr().err
-    assert stopped.value.code == 2 and "not finite in 3 steps in a row, up to step 5" in error and "saved before, checkpoint_000002.pt" in error
+    assert stopped.value.code == 2 and "not finite in 3 steps in a row, up to step 5" in error and "goes on from checkpoint_000002.pt" in error
     assert "step 3: 2 of 2 updates skipped" in error and f"problems, counted from 0: {training.batch_of(3, 4, len(reward.load_problems(family / 'train.jsonl')), 0)}" in error
     assert max((tmp_path / "run").glob("checkpoint_*")).name == "checkpoint_000002.pt"
 

@@ -20,8 +20,10 @@ import itertools
 import json
 import os
 import shlex
+import shutil
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -33,7 +35,7 @@ import reward
 from anneal import MIXES, SCHEDULES, Explorer, explorer_share, observe, sample_groups, split_group
 from eval import draw_run, evaluate, pass_at_k, powers_of_two, table
 from grpo import LOSSES, OFF_POLICY, Optimizer, group_advantages, update
-from model import OutOfMemory, add_lora, fitting, load, lock, save, write_whole
+from model import WHAT_HELPS, OutOfMemory, add_lora, fitting, load, lock, save, write_whole
 from sample import Pool, add_prompt_flags, check_lengths, decode, encode_prompt, mix, pick_device
 
 COMPILE_FROM = 5_000_000  # tokens: where torch.compile has earned its minute on the laptop's models (bench/README.md)
@@ -79,7 +81,6 @@ def one_update(args, run, step, batch, n_explorer, n_learner):
     clock.append(time.perf_counter())
     metrics = update(args, run.learner, run.reference, run.optimizer, prompts, rollouts,        # theta <- GRPO update
                      advantages, generator(args.seed, step, MINIBATCH))
-    run.success = observe(run.success, scores[..., 1], rollouts.from_explorer)
     metrics |= {"groups_all_fail": (scores[..., 1].amax(1) == 0).float().mean().item(),
                 "groups_all_pass": (scores[..., 1].amin(1) == 1).float().mean().item()}
     clock.append(time.perf_counter())
@@ -244,8 +245,9 @@ class Run:
         """Loads everything and checks that it fits together, before anything is written. ValueError or OSError, one line, on
         what does not."""
         device, dtype = pick_device(args.device), getattr(torch, args.dtype)
-        self.args, self.out, self.locked, self.stopped, self.warned = args, Path(args.out), None, None, False
-        self.first_step, self.lines, self.success = 1, [], (0.5, 0.5)
+        self.args, self.out, self.locked, self.warned = args, Path(args.out), None, False
+        self.stopped = self.until = self.timer = None  # by which signal, until when, and what ends it then
+        self.first_step, self.lines, self.curves, self.success = 1, [], {}, (0.5, 0.5)
         self.learner, self.tokenizer = load(args.learner, device, dtype)
         tokens = args.steps * args.prompts_per_step * args.group_size * args.max_new_tokens
         self.learner.compiled = args.compile == "on" or (args.compile == "auto" and tokens >= COMPILE_FROM and device != "mps")
@@ -336,8 +338,9 @@ class Run:
         if (self.out / "config.json").exists() and not (self.args.resume or self.args.overwrite):
             raise ValueError(f"{self.out} already holds a run: --resume continues it, --overwrite replaces it")
         if self.args.overwrite:
-            for path in (*self.out.glob("checkpoint_*"), *self.out.glob("rollouts/*"), self.out / "pass_at_k.json"):
+            for path in (*self.out.glob("checkpoint_*"), *self.out.glob("rollouts/*"), self.out / "pass_at_k.json", self.out / "curve.png"):
                 path.unlink(missing_ok=True)
+            shutil.rmtree(self.out / "learner", ignore_errors=True)
 
     def restore(self):
         """Takes up the newest checkpoint, or, where that is damaged, the one before. ValueError if all there are damaged."""
@@ -349,8 +352,10 @@ class Run:
                 state = torch.load(path, map_location="cpu", weights_only=True)
                 self.optimizer.restore(state["optimizer"])
                 self.lines = [json.loads(line) for line in state["metrics"].splitlines()]
-                self.first_step, self.success = state["step"] + 1, tuple(state["success"])
+                self.first_step, self.success, self.curves = state["step"] + 1, tuple(state["success"]), state["curves"]
                 self.learner.stop_ids = tuple(state["stop_ids"])
+            except (OSError, MemoryError, torch.OutOfMemoryError):
+                raise  # no fault of the file
             except Exception as error:  # whatever a damaged file makes of the unpickler
                 damaged.append((path, f"{path} cannot be read: {' '.join(str(error).split())[:200]}"))
                 continue
@@ -368,13 +373,15 @@ class Run:
         if not self.lines:
             return
         step = self.lines[-1]["step"]
-        state = {"step": step, "optimizer": self.optimizer.state(), "success": self.success,
-                 "stop_ids": self.learner.stop_ids, "metrics": "".join(map(as_json, self.lines))}
+        state = {"step": step, "optimizer": self.optimizer.state(), "success": self.success, "stop_ids": self.learner.stop_ids,
+                 "curves": self.curves, "metrics": "".join(map(as_json, self.lines))}
         try:
             write_whole(self.out / f"checkpoint_{step:06d}.pt", lambda file: torch.save(state, file))
             for old in sorted(self.out.glob("checkpoint_*.pt"))[:-self.args.keep]:
                 old.unlink()
-        except (OSError, RuntimeError) as error:  # PyTorch has its own for a file that cannot be written to the end
+        except (OSError, RuntimeError) as error:  # the latter for whatever comes between torch.save and the end of the file
+            if isinstance(error.__context__, KeyboardInterrupt):
+                raise KeyboardInterrupt from None
             self.warn(f"step {step} is not saved: {str(error).splitlines()[0]}")
 
     def write(self, name, text):
@@ -397,10 +404,10 @@ class Run:
             args.max_new_tokens, template=args.template, thinking=args.thinking, temperature=args.eval_temperature,
             rows=args.rollout_rows))
         if curve_name:
-            path, ks = self.out / "pass_at_k.json", powers_of_two(args.eval_n)
-            curves = json.loads(path.read_text()) if path.exists() else {"k": ks}
-            curves[curve_name] = [pass_at_k(result["strict"], args.eval_n, k) for k in ks]
-            self.write("pass_at_k.json", json.dumps(curves))
+            ks = powers_of_two(args.eval_n)
+            self.curves = self.curves if self.curves.get("k") == ks else {"k": ks}
+            self.curves[curve_name] = [pass_at_k(result["strict"], args.eval_n, k) for k in ks]
+            self.write("pass_at_k.json", json.dumps(self.curves))
         return {f"eval_{prefix}pass@{k}": pass_at_k(result[kind], args.eval_n, k)
                 for prefix, kind in (("", "answer"), ("strict_", "strict")) for k in (1, 16) if k <= args.eval_n}
 
@@ -409,13 +416,12 @@ class Run:
         line = {"step": 0} | self.evaluate(self.learner, "learner before")
         for i, explorer in enumerate(self.explorers, 1):
             self.evaluate(explorer.model, "explorer" if len(self.explorers) == 1 else f"explorer {i}", explorer.tokenizer)
-        curves = json.loads((self.out / "pass_at_k.json").read_text())
-        print(table(curves.pop("k"), curves))
+        print(table(self.curves["k"], {name: curve for name, curve in self.curves.items() if name != "k"}))
         self.lines.append(line)
 
     def steps(self):
-        """Yields the steps to take under a progress bar, saving on the way."""
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
+        """Yields the steps to take under a progress bar."""
+        for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.interrupt)
         if not self.lines and self.eval_problems:
             self.before_training()
@@ -427,32 +433,35 @@ class Run:
             if left or step >= self.last_explorer_step:
                 self.explorers = []  # frozen, and never asked again: give their memory back
             self.bar.update()
-            due = self.args.save_every and step % self.args.save_every == 0
-            if step == self.args.steps or (due and not self.lines[-1]["skipped_updates"]):
-                self.save()
         self.bar.close()
 
     def interrupt(self, number, frame):
         """SIGINT (Ctrl-C) and SIGTERM: stops at once where the weights are those of a whole step. Within an update it lets the
         step end, for 8 seconds or until the next signal."""
-        first, self.stopped = self.stopped is None, self.stopped or number
+        first, self.stopped, self.until = self.stopped is None, self.stopped or number, self.until or time.monotonic() + 9
         if first and self.optimizer.moved:
-            os.write(2, b"\nfinishing this update, then saving; once more quits at once\n")
-            signal.alarm(8)
+            os.write(2, b"\nfinishing this step, then saving; once more quits at once\n")
+            self.later(8, os.kill, os.getpid(), number)
         else:
-            raise KeyboardInterrupt
+            self.quit()
+
+    def later(self, seconds, function, *inputs):
+        self.timer = threading.Timer(seconds, function, inputs)  # and not SIGALRM, which math-verify needs
+        self.timer.daemon = True
+        self.timer.start()
+
+    def quit(self):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # what is begun now is to come to its end
+        raise KeyboardInterrupt
 
     def stop(self):
-        """After a signal: saves the last whole step, before it ends with what `finish` has done in 5 seconds."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
-        signal.alarm(0)
+        """After a signal: saves the last whole step. What `finish` has not done 9 seconds after the signal is left."""
         if self.optimizer.moved or not self.lines:
             self.warn("the step under way is given up: --resume goes on from the last checkpoint, or from the beginning")
             sys.exit(128 + self.stopped)
         self.save()
-        signal.signal(signal.SIGALRM, lambda *_: sys.exit(128 + self.stopped))
-        signal.alarm(5)
+        self.later(max(1, self.until - time.monotonic()), os._exit, 128 + self.stopped)
 
     def record(self, step, share, batch, updates):
         """Writes the step's line of metrics.jsonl (README has a glossary), after evaluating if it is time to. `updates`:
@@ -475,14 +484,18 @@ class Run:
                 "length_learner": mean(rollouts.lengths[~explorer]), "truncated": mean(~rollouts.finished),
                 **dict(zip(("seconds_sampling", "seconds_scoring", "seconds_training"), seconds)),
                 "tokens_per_second": rollouts.lengths.sum().item() / seconds[0]}
+        self.success = observe(self.success, rewards, explorer)
         self.lines.append(line)
         self.optimizer.moved = False  # from here on the step is a whole one
-        if self.stopped:
-            raise KeyboardInterrupt
         if self.is_evaluated(step):
             group = zip(explorer[0].tolist(), rewards[0].tolist(), texts[0])
             self.write(f"rollouts/step_{step}.txt", self.problems[batch[0]].question + "\n\n" + "\n".join(
                 f"{'explorer' if by_explorer else 'learner'}, reward {r:g}: {text}" for by_explorer, r, text in group))
+        if self.stopped:
+            self.quit()
+        due = args.save_every and step % args.save_every == 0
+        if step == args.steps or (due and not line["skipped_updates"]):
+            self.save()
         self.complete()
         self.bar.set_postfix(reward=f"{line['reward']:.2f}", explorer=f"{line['share']:.0%}")
         if line["truncated"] > 0.5 and not self.warned:
@@ -490,13 +503,13 @@ class Run:
             self.warn(f"{line['truncated']:.0%} of the rollouts were cut at --max-new-tokens "
                       f"{args.max_new_tokens}; cut before the answer they earn nothing: raise it")
         if line["skipped_updates"]:
-            self.warn(f"step {step}: {line['skipped_updates']} of {args.minibatches} updates skipped, loss or gradient not finite; "
+            self.warn(f"step {step}: {line['skipped_updates']} of {args.minibatches * len(updates)} updates skipped, loss or gradient not finite; "
                       f"the step's problems, counted from 0: {batch}")
         bad = [*itertools.takewhile(lambda line: line.get("skipped_updates"), reversed(self.lines))]
         if len(bad) >= args.max_bad_steps:
-            saved = max((path.name for path in self.out.glob("checkpoint_*.pt")), default="nothing")
-            raise FloatingPointError(f"loss or gradient not finite in {len(bad)} steps in a row, up to step {step}: with a lower --lr, "
-                                     f"--resume --force goes on from what was saved before, {saved}")
+            saved = max((path.name for path in self.out.glob("checkpoint_*.pt")), default="the beginning")
+            raise FloatingPointError(f"loss or gradient not finite in {len(bad)} steps in a row, up to step {step}: --resume --force "
+                                     f"with a lower --lr goes on from {saved}")
 
     def is_evaluated(self, step):
         every = self.args.eval_every
@@ -525,7 +538,7 @@ class Run:
         evals = [line for line in lines if "eval_pass@1" in line]
         if len(evals) > 1:
             print(f"\n{'held out':16}{'before':>10}{'step ' + str(evals[-1]['step']):>10}")
-            for key in (key for key in evals[-1] if key.startswith("eval_")):
+            for key in (key for key in evals[-1] if key.startswith("eval_") and key in evals[0]):
                 print(f"{key.removeprefix('eval_').replace('_', ' '):16}{evals[0][key]:10.3f}{evals[-1][key]:10.3f}")
         print(f"\n{seconds / 60:.1f} minutes, {lines[-1]['step']} steps; everything is in {self.out}: "
               "curve.png, metrics.jsonl, rollouts/, learner/ (a Hugging Face directory)")
@@ -538,13 +551,9 @@ class Run:
             print("try next, the same with an explorer: leave out `--explorer none`")
         else:
             print(f"try next, the same without an explorer: {again} --explorer none")
-        signal.alarm(0)
+        if self.timer:
+            self.timer.cancel()
         os.close(self.locked)
-
-
-def fail(error):
-    print(f"train.py: error: {str(error).splitlines()[0]}", file=sys.stderr)
-    sys.exit(2)
 
 
 def main():
@@ -552,21 +561,30 @@ def main():
     try:
         resolve_args(args)
         run = Run(args)
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         fail(error)
     try:
-        train(args, run)
+        try:
+            train(args, run)
+        except KeyboardInterrupt:
+            run.stop()
         run.finish(time.time() - started)
-    except KeyboardInterrupt:
-        run.stop()
-        run.finish(time.time() - started)
-        sys.exit(128 + run.stopped)  # what a shell expects of a program ended by a signal
-    except FloatingPointError as error:
+    except FloatingPointError as error:  # saved is what was well
         fail(error)
     except (OSError, OutOfMemory, torch.OutOfMemoryError) as error:
         if not run.optimizer.moved:
             run.save()
         fail(error)
+    except KeyboardInterrupt:  # within `finish`, which --resume does again
+        pass
+    if run.stopped:
+        sys.exit(128 + run.stopped)  # what a shell expects of a program ended by a signal
+
+
+def fail(error):
+    hint = f": {WHAT_HELPS}" if isinstance(error, (MemoryError, torch.OutOfMemoryError)) else ""
+    print(f"train.py: error: {str(error).partition(chr(10))[0] or type(error).__name__}{hint}", file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == "__main__":
