@@ -389,7 +389,9 @@ def write_pool(args, model, tokenizer):
         write_whole(note, lambda file: file.write(json.dumps(settings, indent=1).encode()))
         file.seek(0)
         for line in file:
-            done, place = done + line.endswith(b"\n"), place + len(line)
+            if not line.endswith(b"\n"):
+                break  # cut short when it was stopped
+            done, place = done + 1, place + len(line)
             keep = place if done % (at_once * args.n) == 0 or done == len(problems) * args.n else keep
         file.truncate(keep)
         done = len(problems) if done == len(problems) * args.n else done // (at_once * args.n) * at_once  # problems

@@ -1596,7 +1596,8 @@ def test_a_pool_is_the_same_whether_or_not_it_was_killed(family, tmp_path, monke
                                  "is_correct", "data_source", "ground_truth"}
     right = [reward.score(problems[record["prompt_id"]], record["response"]).strict for record in records]
     assert [record["is_correct"] for record in records] == right and any(right) and not all(right)
-    for length in (0, len(whole) - 1, len(whole), *random_place.sample(range(len(whole)), 2)):
+    batch = len(b"".join(whole.splitlines(keepends=True)[:16 * 3]))  # the first one; a few bytes of the next line are torn
+    for length in (0, 5, batch, batch + 5, len(whole) - 1, len(whole), *random_place.sample(range(len(whole)), 2)):
         out.write_bytes(whole[:length])
         assert run("--out", out)[0] == 0 and out.read_bytes() == whole, length
     assert run("--out", tmp_path / "few", "--rollout-rows", 6)[0] == 0
