@@ -549,7 +549,7 @@ class Run:
             print(f"stopped; go on with: {again} --out {self.out} --resume")
         elif self.args.schedule == "none":
             print("try next, the same with an explorer: leave out `--explorer none`")
-        else:
+        elif not self.args.explorer_pool:
             print(f"try next, the same without an explorer: {again} --explorer none")
         if self.timer:
             self.timer.cancel()
