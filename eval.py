@@ -137,6 +137,7 @@ MODES = {"think": {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "presence_pen
 
 def main():
     parser = argparse.ArgumentParser(description="pass@k of one or several models on the same problems.",
+                                     usage="%(prog)s [flags], which --help explains",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--model", nargs="+", required=True, help="checkpoint directories or Hugging Face hub names")

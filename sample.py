@@ -417,6 +417,7 @@ def write_pool(args, model, tokenizer):
 
 def main():
     parser = argparse.ArgumentParser(description="Print completions of one prompt, or write rollouts of many to a file.",
+                                     usage="%(prog)s [flags], which --help explains",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--model", required=True, help="a checkpoint directory or a Hugging Face hub name")

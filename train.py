@@ -96,6 +96,7 @@ def judge(run, problems, rollouts):
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Train a learner with S2L-PO (or, with --explorer none, plain GRPO).",
+                                     usage="%(prog)s [flags], which --help explains",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument_group("models and problems (the laptop family's where --learner is not given)").add_argument
     add("--learner", help="model to train: a directory or a Hugging Face hub name")
