@@ -25,6 +25,7 @@ import signal
 import sys
 import threading
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -350,12 +351,14 @@ class Run:
         damaged = []
         for path in sorted(self.out.glob("checkpoint_*.pt"), reverse=True):
             try:
+                if bad := zipfile.ZipFile(path).testzip():  # torch.load does not look at its checksums
+                    raise ValueError(f"wrong checksum of {bad}")
                 state = torch.load(path, map_location="cpu", weights_only=True)
                 self.optimizer.restore(state["optimizer"])
                 self.lines = [json.loads(line) for line in state["metrics"].splitlines()]
                 self.first_step, self.success, self.curves = state["step"] + 1, tuple(state["success"]), state["curves"]
                 self.learner.stop_ids = tuple(state["stop_ids"])
-            except (OSError, MemoryError, torch.OutOfMemoryError):
+            except torch.OutOfMemoryError:
                 raise  # no fault of the file
             except Exception as error:  # whatever a damaged file makes of the unpickler
                 damaged.append((path, f"{path} cannot be read: {' '.join(str(error).split())[:200]}"))
