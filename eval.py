@@ -249,8 +249,8 @@ def report(models, problems, ks, n):
     if group:
         fails, rescued, own = rescue(first, second, n, group)
         print(f"as learner and explorer: {fails:.0%} of the first's groups of {group} fail altogether; on those problems "
-              f"{rescued:.2%}\nof the second's rollouts are right, and {own:.2%} of the first's own. In the study S2L-PO was the faster "
-              f"where\nthe former was more than {WORTH_IT} times the latter, GRPO where it was less (recipes/claims.py when)")
+              f"{rescued:.2%}\nof the second's rollouts are right, and {own:.2%} of the first's own. In the study S2L-PO was the "
+              f"faster where\nthe former was more than {WORTH_IT} times the latter, GRPO where it was less (recipes/claims.py when)")
     return found, curves
 
 

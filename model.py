@@ -243,8 +243,8 @@ class Transformer(nn.Module):
 # ---- when memory does not suffice ------------------------------------------------------------------------------------
 
 OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|ALLOC_FAILED")  # of CUDA and MPS, of the CPU, of cuBLAS
-WHAT_HELPS = ("--dtype bfloat16, a shorter --max-new-tokens, in training --lora-rank, --optimizer-dtype bfloat16 and --checkpoint-layers, "
-              "or a smaller model need less (recipes/plan.py says how much)")
+WHAT_HELPS = ("--dtype bfloat16, a shorter --max-new-tokens, in training --lora-rank, --optimizer-dtype bfloat16 and "
+              "--checkpoint-layers, or a smaller model need less (recipes/plan.py says how much)")
 
 
 class OutOfMemory(Exception):

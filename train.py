@@ -42,7 +42,7 @@ from sample import Pool, add_prompt_flags, check_lengths, decode, encode_prompt,
 COMPILE_FROM = 5_000_000  # tokens: where torch.compile has earned its minute on the laptop's models (bench/README.md)
 LEARNER, EXPLORER, MINIBATCH, EVALUATION, ADAPTER = range(5)  # what a random stream is for
 FREE = {"resume", "force", "overwrite", "out", "device", "compile", "eval_every", "save_every", "keep", "max_bad_steps",
-        "rollout_rows", "micro_batch_tokens", "checkpoint_layers"}  # flags that a resumed run may change: no part of the experiment
+        "rollout_rows", "micro_batch_tokens", "checkpoint_layers"}  # a resumed run may change them: no part of the experiment
 
 
 def generator(seed, step, purpose):
@@ -149,7 +149,7 @@ def parse_args(argv=None):
     add("--eval-problems", type=int, default=256, help="held-out problems used")
     add("--eval-n", type=int, default=32, help="rollouts per held-out problem")
     add("--eval-temperature", type=float, default=1.0, help="sampling temperature of evaluations, which have no nucleus")
-    add("--max-bad-steps", type=int, default=5, help="stop after so many steps in a row in which an update was skipped, its loss or "
+    add("--max-bad-steps", type=int, default=5, help="stop after so many steps in a row with an update skipped, its loss or "
         "gradient not being finite")
     add("--save-every", type=int, default=20, help="steps between checkpoints; 0: only at the end")
     add("--keep", type=int, default=2, help="checkpoints kept, the newest")
@@ -340,8 +340,9 @@ class Run:
         if (self.out / "config.json").exists() and not (self.args.resume or self.args.overwrite):
             raise ValueError(f"{self.out} already holds a run: --resume continues it, --overwrite replaces it")
         if self.args.overwrite:
-            for path in (*self.out.glob("checkpoint_*"), *self.out.glob("rollouts/*"), self.out / "pass_at_k.json", self.out / "curve.png"):
-                path.unlink(missing_ok=True)
+            for pattern in ("checkpoint_*", "rollouts/*", "pass_at_k.json", "curve.png"):
+                for path in self.out.glob(pattern):
+                    path.unlink()
             shutil.rmtree(self.out / "learner", ignore_errors=True)
 
     def restore(self):
@@ -507,8 +508,8 @@ class Run:
             self.warn(f"{line['truncated']:.0%} of the rollouts were cut at --max-new-tokens "
                       f"{args.max_new_tokens}; cut before the answer they earn nothing: raise it")
         if line["skipped_updates"]:
-            self.warn(f"step {step}: {line['skipped_updates']} of {args.minibatches * len(updates)} updates skipped, loss or gradient not finite; "
-                      f"the step's problems, counted from 0: {batch}")
+            self.warn(f"step {step}: {line['skipped_updates']} of {args.minibatches * len(updates)} updates skipped, loss or "
+                      f"gradient not finite; the step's problems, counted from 0: {batch}")
         bad = [*itertools.takewhile(lambda line: line.get("skipped_updates"), reversed(self.lines))]
         if len(bad) >= args.max_bad_steps:
             saved = max((path.name for path in self.out.glob("checkpoint_*.pt")), default="the beginning")
