@@ -462,9 +462,9 @@ class Run:
 
     def stop(self):
         """After a signal: saves the last whole step. What `finish` has not done 9 seconds after the signal is left."""
-        if self.optimizer.moved or not self.lines:
+        if self.stopped is None or self.optimizer.moved or not self.lines:  # None: before there was anything to take note
             self.warn("the step under way is given up: --resume goes on from the last checkpoint, or from the beginning")
-            sys.exit(128 + self.stopped)
+            sys.exit(128 + (self.stopped or signal.SIGINT))
         self.save()
         self.later(max(1, self.until - time.monotonic()), os._exit, 128 + self.stopped)
 
