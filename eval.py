@@ -12,18 +12,16 @@ import json
 import math
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-import reward
-from model import OutOfMemory, fitting, load, lock, write_whole
-from sample import add_sampling_flags, decode, encode_prompt, pick_device, sample
-
-
-WORTH_IT = 30  # the rule of `when` in recipes/claims.py: explorer's success over the learner's own, where its groups fail
+from model import fingerprint, load, pick_device
+from reward import load_problems, score
+from sample import decode, encode, sample
 
 
 def pass_at_k(correct, n, k):
@@ -36,22 +34,23 @@ def pass_at_k(correct, n, k):
     return float(1.0 - np.mean(all_fail))
 
 
-def evaluate(model, tokenizer, problems, n, generator, max_new_tokens, template=None, thinking=None, **sampling):
-    """Samples n rollouts per problem. Returns {"answer": [P], "strict": [P]}, the numbers of rollouts whose final answer
-    (whose every step) is right, "truncated" [P] and "tokens" [P], those cut short and their total length, and "texts"."""
-    prompts = [encode_prompt(problem, tokenizer, template, thinking) for problem in problems]
-    rollouts = sample(model, prompts, n, generator, max_new_tokens, **sampling)
+def evaluate(write, tokenizer, problems, n, generator, thinking=None):
+    """n rollouts of every problem by write(prompts, n, generator) -> Rollouts. Returns {"answer": [P], "strict": [P]}, the
+    numbers of rollouts whose final answer (whose every step) is right, "truncated" [P] and "tokens" [P], those cut short
+    and their total length, and "texts" [P][n]."""
+    prompts = [encode(problem.prompt, tokenizer, problem.in_words, thinking) for problem in problems]
+    rollouts = write(prompts, n, generator)
     texts = decode(rollouts, tokenizer)
-    scores = [[reward.score(problem, text) for text in group] for problem, group in zip(problems, texts)]
+    scores = [[score(problem, text) for text in group] for problem, group in zip(problems, texts)]
     return {"answer": [sum(s.answer for s in group) for group in scores],
             "strict": [sum(s.strict for s in group) for group in scores], "texts": texts,
             "truncated": (~rollouts.finished).sum(1).tolist(), "tokens": rollouts.lengths.sum(1).tolist()}
 
 
-def bootstrap(correct, n, draws=1_000):
-    """95% interval of pass@1: problems are drawn anew, with replacement, as another exam of the same kind would."""
-    problems = np.random.default_rng(0).integers(len(correct), size=(draws, len(correct)))
-    return np.quantile((np.array(correct) / n)[problems].mean(1), (0.025, 0.975)).tolist()
+def interval(share, count, z=1.96):
+    """Wilson's 95% interval of a share seen over `count` problems. Several rollouts a problem only narrow it."""
+    centre, spread = share + z * z / (2 * count), z * math.sqrt(share * (1 - share) / count + z * z / (4 * count ** 2))
+    return [(centre + sign * spread) / (1 + z * z / count) for sign in (-1, 1)]
 
 
 def powers_of_two(n):
@@ -67,7 +66,7 @@ def crossover(ks, first, second):
     return None
 
 
-def rescue(learner, explorer, n, group_size):
+def headroom(learner, explorer, n, group_size):
     """What an explorer could add, from right rollouts out of n > group_size per problem of each, [P] both: (share of the
     learner's groups that all fail; on those problems, the explorer's success, and the learner's own in other rollouts).
     A problem counts with the chance C(n-c, G) / C(n, G) that a group of G of its n rollouts holds no right one; the c right
@@ -84,19 +83,7 @@ def table(ks, curves):
     return "\n".join([" " * width + "".join(f"{f'@{k}':>8}" for k in ks), *rows])
 
 
-def plot_curves(axis, ks, curves):
-    """Draws pass@k curves on a matplotlib axis and marks where the second overtakes the first."""
-    for name, values in curves.items():
-        axis.plot(ks, values, marker="o", markersize=4, label=name)
-    if len(curves) > 1:
-        k = crossover(ks, *list(curves.values())[:2])
-        if k:
-            axis.axvline(k, color="grey", linestyle=":", label=f"crossover at k = {k:.1f}")
-    axis.set(xscale="log", xlabel="k", ylabel="pass@k", ylim=(0, 1.02), title="pass@k on held-out problems")
-    axis.set_xticks(ks, [str(k) for k in ks])
-    axis.minorticks_off()
-    axis.legend(fontsize=8)
-
+# ---- pictures --------------------------------------------------------------------------------------------------------
 
 def new_figure(panels):
     """(figure, axes), or None with a note where matplotlib is missing: only the pictures need it."""
@@ -109,153 +96,137 @@ def new_figure(panels):
     return figure, figure.subplots(1, panels)
 
 
-def draw_run(directory):
-    """curve.png of a training run: pass@k before and after, and the learning curve over the explorer's share."""
+def plot_curves(axis, ks, curves):
+    """Draws pass@k curves on a matplotlib axis and marks where the second overtakes the first."""
+    for name, values in curves.items():
+        axis.plot(ks, values, marker="o", markersize=4, label=name)
+    if len(curves) > 1 and (k := crossover(ks, *list(curves.values())[:2])):
+        axis.axvline(k, color="grey", linestyle=":", label=f"crossover at k = {k:.1f}")
+    axis.set(xscale="log", xlabel="k", ylabel="pass@k", ylim=(0, 1.02), title="pass@k on held-out problems")
+    axis.set_xticks(ks, [str(k) for k in ks])
+    axis.minorticks_off()
+    axis.legend(fontsize=8)
+
+
+def draw_run(path, history, curves):
+    """A training run's picture: pass@k before and after, and the learning curve over the explorer's share."""
     if (figure := new_figure(2)) is None:
         return
     figure, (left, right) = figure
-    if (directory / "pass_at_k.json").exists():
-        curves = json.loads((directory / "pass_at_k.json").read_text())
-        plot_curves(left, curves.pop("k"), curves)
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    steps, evals = [line for line in lines if line["step"] > 0], [line for line in lines if "eval_pass@1" in line]
+    if curves:
+        plot_curves(left, curves["k"], {name: curve for name, curve in curves.items() if name != "k"})
+    steps, evals = [line for line in history if line["step"]], [line for line in history if "eval_pass@1" in line]
     x = [line["step"] for line in steps]
-    share = [line["share"] for line in steps]
-    right.fill_between(x, share, step="mid", alpha=0.15, color="tab:orange", label="explorer's share")
+    right.fill_between(x, [line["share"] for line in steps], step="mid", alpha=0.15, color="tab:orange",
+                       label="explorer's share")
     right.plot(x, [line["reward"] for line in steps], color="grey", linewidth=0.8, label="reward in training")
     for key, label in (("eval_strict_pass@1", "held-out pass@1"), ("eval_strict_pass@16", "held-out pass@16")):
         if evals and all(key in line for line in evals):
             right.plot([line["step"] for line in evals], [line[key] for line in evals], "o-", markersize=4, label=label)
     right.set(xlabel="step", ylim=(0, 1.02), title="training")
     right.legend(fontsize=8)
-    figure.savefig(directory / "curve.png", dpi=130)
+    figure.savefig(path, dpi=130)
 
+
+# ---- the command line ------------------------------------------------------------------------------------------------
 
 MODES = {"think": {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "presence_penalty": 0.0, "thinking": "on"},
          "nothink": {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "presence_penalty": 1.5, "thinking": "off"}}
 
 
-def main():
+def parse_flags():
     parser = argparse.ArgumentParser(description="pass@k of one or several models on the same problems.",
-                                     usage="%(prog)s [flags], which --help explains",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--model", nargs="+", required=True, help="checkpoint directories or Hugging Face hub names")
-    add("--data", nargs="+", required=True, help="problems: files, directories or names, as train.py's --data")
+    add("--data", nargs="+", required=True, help="problems: JSONL files as train.py's --data")
     add("--problems", type=int, default=0, help="use the first so many problems of each; 0: all")
     add("--n", type=int, default=64, help="rollouts per problem")
-    add("--k", help="comma-separated k of pass@k; powers of two up to n where not given")
     add("--mode", choices=MODES, help="the paper's sampling settings for evaluation; flags that are given win")
-    add_sampling_flags(add)
-    add("--out", help="directory of eval.json, pass_at_k.png and the generations; continued if it is there; runs/eval- and "
-        "the time where not given")
+    add("--max-new-tokens", type=int, default=64, help="longest response")
+    add("--temperature", type=float, default=1.0, help="0 is greedy")
+    add("--top-k", type=int, default=0, help="0: off")
+    add("--top-p", type=float, default=1.0, help="1: off")
+    add("--presence-penalty", type=float, default=0.0, help="taken off the logits of tokens already written")
+    add("--thinking", choices=("on", "off"), help="for chat templates that can; the template's own where not given")
+    add("--rollout-rows", type=int, default=1024, help="rows sampled at once, in whole groups: lower it to save memory")
+    add("--seed", type=int, default=0, help="of the rollouts")
+    add("--device", default="auto", help="auto: cuda, then mps, then cpu")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and activations")
+    add("--out", help="directory of the results: a model and data set already there are not run again; runs/eval- and the "
+        "time where not given")
     args = parser.parse_args()
     if args.mode:
         parser.set_defaults(**MODES[args.mode])
         args = parser.parse_args()
+    return args
+
+
+def result_of(args, name, data, problems, out):
+    """`evaluate`'s counts for one model and data set, from `out` if it is there already. Every 16 problems have random
+    numbers of their own."""
+    model, tokenizer = load(name, pick_device(args.device), getattr(torch, args.dtype))
+    settings = {key: value for key, value in vars(args).items() if key not in ("model", "data", "out", "device", "rollout_rows")}
+    settings |= {"model": name, "data": data, "weights": fingerprint(model), "questions": [problem.question for problem in problems]}
+    for path in out.glob("result-*.json"):
+        if (result := json.loads(path.read_text()))["settings"] == settings:
+            return result
+    write = partial(sample, model, max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k,
+                    top_p=args.top_p, presence_penalty=args.presence_penalty, rows=args.rollout_rows)
+    result = {"settings": settings}
+    for start in tqdm(range(0, len(problems), 16), desc=f"{name} on {data}", unit="batch", dynamic_ncols=True):
+        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + start)
+        found = evaluate(write, tokenizer, problems[start:start + 16], args.n, generator, args.thinking)
+        result |= {key: result.get(key, []) + found[key] for key in found}
+    (out / f"result-{len(list(out.glob('result-*.json')))}.json").write_text(json.dumps(result))
+    return result
+
+
+def report(results, problems, ks, n):
+    """Prints what models, {name: result}, reached on one data set. Returns {name: strict pass@k curve}."""
+    kinds = (("answer", "final answer right"), ("strict", "every written step right"))
+    for kind, title in kinds[:1] if all(problem.in_words for problem in problems) else kinds:  # words have no steps to check
+        curves = {name: [pass_at_k(result[kind], n, k) for k in ks] for name, result in results.items()}
+        print(f"{title}\n{table(ks, curves)}")
+    rollouts = len(problems) * n
+    for name, result in results.items():
+        low, high = interval(curves[name][0], len(problems))
+        print(f"{name}: pass@1 {curves[name][0]:.1%} [{low:.1%}, {high:.1%}], {sum(result['tokens']) / rollouts:.1f} tokens a "
+              f"rollout, {sum(result['truncated']) / rollouts:.1%} cut short")
+    if len(curves) > 1:
+        k = crossover(ks, *list(curves.values())[:2])
+        print(f"crossover of the first two: {f'k = {k:.1f}' if k else 'none'}")
+    if len(curves) > 1 and (group := min(16, n // 2)):
+        fails, explorer, own = headroom(*(result[kind] for result in list(results.values())[:2]), n, group)
+        print(f"as learner and explorer: {fails:.0%} of the first's groups of {group} fail altogether; on those problems "
+              f"{explorer:.2%}\nof the second's rollouts are right, and {own:.2%} of the first's own (docs/claims.md says what "
+              "that foretold)")
+    return curves
+
+
+def main():
+    args = parse_flags()
     try:
-        ks = [int(k) for k in args.k.split(",")] if args.k else powers_of_two(args.n)
-        if not ks or not all(1 <= k <= args.n for k in ks) or args.problems < 0:
-            raise ValueError("--n must be at least 1, every --k between 1 and --n, and --problems at least 0")
-        problems = {data: reward.load_problems(data)[:args.problems or None] for data in args.data}
+        if args.n < 1 or args.problems < 0:
+            raise ValueError("--n starts at 1 and --problems at 0")
+        problems = {data: load_problems(data)[:args.problems or None] for data in args.data}
         out = Path(args.out or time.strftime("runs/eval-%Y%m%d-%H%M%S"))
         out.mkdir(parents=True, exist_ok=True)
-        settings = {key: value for key, value in vars(args).items() if key not in ("out", "device", "k", "rollout_rows")}
-        if (out / "settings.json").exists() and reward.read_object(out / "settings.json") != settings:
-            raise ValueError(f"{out} holds an evaluation with other settings (settings.json): take another --out")
-        write_whole(out / "settings.json", lambda file: file.write(json.dumps(settings, indent=2).encode()))
-        results = {data: {} for data in problems}
-        for i, name in enumerate(args.model):
-            model, tokenizer = load(name, pick_device(args.device), getattr(torch, args.dtype))
-            for j, data in enumerate(problems):
-                path = out / f"generations-{i}-{j}.jsonl"
-                results[data][name] = evaluate_resumably(args, model, tokenizer, problems[data], path, f"{name} on {data}")
-    except (ValueError, OSError, OutOfMemory) as error:
-        print(f"eval.py: error: {error}", file=sys.stderr)
+        results = {data: {name: result_of(args, name, data, problems[data], out) for name in args.model} for data in problems}
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        print(f"eval.py: error: {str(error).splitlines()[0]}", file=sys.stderr)
         sys.exit(2)
-
-    summary, curves_of = {"settings": vars(args), "k": ks, "data": {}}, {}
-    for data, models in results.items():
-        print(f"\n{data}: {len(problems[data])} problems, {args.n} rollouts each"
-              + (", answers compared with the help of math-verify" if reward.math_verify() else ""))
-        found, curves_of[data] = report(models, problems[data], ks, args.n)
-        summary["data"][data] = {"crossover": found, "models": models}
-    (out / "eval.json").write_text(json.dumps(summary, indent=2))
-    if figure := new_figure(len(results)):
-        for axis, (data, curves) in zip(np.atleast_1d(figure[1]), curves_of.items()):
-            plot_curves(axis, ks, curves)
-            axis.set_title(Path(data).name)
+    ks, figure = powers_of_two(args.n), new_figure(len(problems))
+    for i, data in enumerate(problems):
+        print(f"\n{data}: {len(problems[data])} problems, {args.n} rollouts each")
+        curves = report(results[data], problems[data], ks, args.n)
+        if figure:
+            plot_curves(np.atleast_1d(figure[1])[i], ks, curves)
+            np.atleast_1d(figure[1])[i].set_title(Path(data).name)
+    if figure:
         figure[0].savefig(out / "pass_at_k.png", dpi=130)
-    print(f"\nwrote {out / 'eval.json'}, the generations" + (f" and {out / 'pass_at_k.png'}" if figure else ""))
-
-
-def evaluate_resumably(args, model, tokenizer, problems, path, title, at_once=16):
-    """`evaluate`, a few problems at a time, each kept as a line of `path`: what was stopped goes on behind the lines that are
-    there. Every batch has random numbers of its own, so that the result is the same.
-    ValueError names a line of `path` that is not its problem's."""
-    most = {"answer": args.n, "strict": args.n, "truncated": args.n, "tokens": args.n * args.max_new_tokens}
-    lines, ends = [], [0]  # and where in the file each ends
-    with open(path, "ab+") as file:
-        lock(file, path)
-        file.seek(0)
-        for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n"):
-                break  # cut short when it was stopped
-            ends.append(ends[-1] + len(line))
-            try:
-                lines.append(line := reward.parse(line))
-                if line["question"] != problems[number - 1].question or not all(
-                        type(line[key]) is int and 0 <= line[key] <= most[key] for key in most):
-                    raise ValueError("another question, or impossible counts")
-            except (ValueError, LookupError, TypeError) as error:
-                raise ValueError(f"{path}, line {number}: not of this evaluation, remove the file: {str(error):.100}") from None
-        lines = lines if len(lines) == len(problems) else lines[:len(lines) // at_once * at_once]
-        file.truncate(ends[len(lines)])
-        bar = tqdm(total=len(problems), initial=len(lines), desc=title, unit="problem", dynamic_ncols=True)
-        for start in range(len(lines), len(problems), at_once):
-            batch = problems[start:start + at_once]
-            found = fitting(args, "rollout_rows", args.n, lambda: evaluate(
-                model, tokenizer, batch, args.n, torch.Generator().manual_seed(args.seed * 1_000_003 + start), args.max_new_tokens,
-                args.template, args.thinking, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
-                presence_penalty=args.presence_penalty, rows=args.rollout_rows))
-            for i, problem in enumerate(batch):
-                lines.append({"question": problem.question, "truth": problem.answer} | {key: found[key][i] for key in found})
-                file.write(json.dumps(lines[-1]).encode() + b"\n")
-            file.flush()
-            bar.update(len(batch))
-        bar.close()
-    return {key: [line[key] for line in lines] for key in most}
-
-
-def report(models, problems, ks, n):
-    """Prints what `models`, {name: evaluate's counts}, reached on one data set and adds it to them. Returns the crossover of
-    the first two and the curves."""
-    free_text = all(problem.task not in reward.TASKS for problem in problems)  # has no steps to check
-    for kind, title in (("answer", "final answer right"), ("strict", "every written step right"))[:1 if free_text else 2]:
-        curves = {name: [pass_at_k(result[kind], n, k) for k in ks] for name, result in models.items()}
-        print(f"{title}\n{table(ks, curves)}")
-        for name, result in models.items():
-            result[f"pass@k {kind}"], result[f"pass@1 {kind} 95%"] = curves[name], bootstrap(result[kind], n)
-    rollouts = len(problems) * n
-    for name, result in models.items():
-        low, high = result[f"pass@1 {kind} 95%"]
-        print(f"{name}: pass@1 {pass_at_k(result[kind], n, 1):.1%} [{low:.1%}, {high:.1%}], "
-              f"{sum(result['tokens']) / rollouts:.1f} tokens a rollout, {sum(result['truncated']) / rollouts:.1%} cut short")
-    if len(curves) < 2:
-        return None, curves
-    found = crossover(ks, *list(curves.values())[:2])
-    print(f"crossover of the first two: {f'k = {found:.1f}' if found else 'none'}")
-    (first, second), group = [result[kind] for result in list(models.values())[:2]], min(16, n // 2)
-    if group:
-        fails, rescued, own = rescue(first, second, n, group)
-        print(f"as learner and explorer: {fails:.0%} of the first's groups of {group} fail altogether; on those problems "
-              f"{rescued:.2%}\nof the second's rollouts are right, and {own:.2%} of the first's own. In the study S2L-PO was the "
-              f"faster where\nthe former was more than {WORTH_IT} times the latter, GRPO where it was less (recipes/claims.py when)")
-    return found, curves
+    print(f"\n{out}: " + ", ".join(sorted(path.name for path in out.iterdir())))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:  # the same command, with --out, goes on
-        sys.exit(130)
+    main()

@@ -18,7 +18,7 @@ Shapes: P prompts, G rollouts each, N = P*G rows, T response tokens, L prompt an
 import numpy as np
 import torch
 
-from model import fitting, fused_logprobs
+from model import fused_logprobs, read_prompts
 
 LOSSES = ("grpo", "dapo", "dr_grpo", "gspo")
 OFF_POLICY = ("recompute", "behaviour", "truncated", "geometric", "positive")
@@ -121,19 +121,31 @@ def kl_penalty(logps, ref_logps, weights, mask, estimator="k3"):
     return (weights * k).sum()
 
 
-def response_logprobs(model, prompts, ids, mask, temperature=1.0):
-    """(log-probs, entropies), each [N, T], of the responses ids [N, T] (valid where mask [N, T]) to N prompts (lists of
-    ids) in one forward pass. At the sampler's temperature: else the gradient is of a policy that drew none of this."""
-    lengths = mask.sum(1).tolist()
-    rows = [torch.cat([ids.new_tensor(prompt), row[:n]]) for prompt, row, n in zip(prompts, ids, lengths)]
-    tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # [N, L], padded on the right
-    # The hidden state at position j predicts token j + 1: position len(prompt) - 1 scores the first response token.
-    positions = torch.arange(tokens.shape[1] - 1, device=ids.device)
-    first = torch.tensor([len(prompt) - 1 for prompt in prompts], device=ids.device)[:, None]
-    predicts = (positions >= first) & (positions < first + mask.sum(1, keepdim=True))  # [N, L-1]
-    hidden = model(tokens[:, :-1])[predicts]  # [N, L-1, D] -> [response tokens, D], row by row
-    logps, entropies = fused_logprobs(hidden, model.head, tokens[:, 1:][predicts], temperature,
-                                      compile=model.compiled)
+def response_logprobs(model, prompts, groups, ids, mask, temperature=1.0):
+    """(log-probs, entropies), each [N, T], of the responses ids [N, T] (valid where mask [N, T]) to the prompts (lists of
+    ids) that groups [N] names. At the sampler's temperature: else the gradient is of a policy that drew none of this.
+
+    A group shares its prompt, so each prompt runs once. The responses attend to its keys and values, through which their
+    gradients flow back into it."""
+    chosen, groups = groups.unique(return_inverse=True)  # prompts of these rows
+    T = int(mask.sum(1).max())  # the longest response
+    last, cache, lengths = read_prompts(model, [prompts[group] for group in chosen.tolist()])
+    first = last[groups, None]  # [N, 1, D]: a prompt's last token predicts the first of each of its responses
+
+    steps, slots = torch.arange(T - 1, device=ids.device), torch.arange(cache[0][0].shape[2], device=ids.device)
+    in_prompt = (slots < lengths[groups, None])[:, None].expand(-1, T - 1, -1)  # [N, T-1, L] not its padding
+    before = (steps <= steps[:, None]).expand(len(ids), -1, -1)  # [N, T-1, T-1]
+    mask_ = torch.zeros(len(ids), 1, T - 1, len(slots) + T - 1, dtype=first.dtype, device=ids.device)
+    mask_ = mask_.masked_fill(~torch.cat([in_prompt, before], 2)[:, None], -torch.inf)
+
+    def after_prompt(layer, k, v):
+        return *(torch.cat([old[groups], new], dim=2) for old, new in zip(cache[layer], (k, v))), mask_  # [N, K, L+T-1, h]
+
+    if T > 1:
+        rest = model(ids[:, :T - 1], lengths[groups, None] + steps, after_prompt)  # [N, T-1, D] predicts tokens 2 to T
+        first = torch.cat([first, rest], dim=1)
+    hidden = first[mask[:, :T]]  # [N, T, D] -> [response tokens, D], row by row
+    logps, entropies = fused_logprobs(hidden, model.head, ids[mask], temperature, compile=model.compiled)
     blank = torch.zeros(mask.shape, device=ids.device)
     return blank.masked_scatter(mask, logps), blank.masked_scatter(mask, entropies)
 
@@ -149,90 +161,71 @@ def micro_batches(lengths, tokens):
     return [*slices, slice(start, len(lengths))]
 
 
-def update(args, learner, reference, optimizer, prompts, rollouts, advantages, generator):
-    """One GRPO update of `args.minibatches` optimiser steps on a step's rollouts (P prompts, class Rollouts) with
-    advantages [P, G]. `reference` is the KL's frozen policy or None. Returns the metrics of README's glossary."""
-    P, G, _ = rollouts.ids.shape
+def update(learner, reference, optimizer, prompts, rollouts, advantages, generator, *, loss="grpo", off_policy="recompute",
+           clip_low=0.2, clip_high=0.2, kl_coef=0.0, kl_estimator="k3", minibatches=1, micro_batch_tokens=8192,
+           max_new_tokens=None, temperature=1.0, max_grad_norm=1.0):
+    """One GRPO update, of `minibatches` optimiser steps, on a step's rollouts (P prompts, class Rollouts) with advantages
+    [P, G]. `reference` is the KL's frozen policy or None. Returns the metrics of docs/metrics.md."""
+    P, G, T = rollouts.ids.shape
     ids, mask, sampler_logps, from_explorer, A = (x.flatten(0, 1) for x in (  # [P, G, ...] -> [N, ...]
         rollouts.ids, rollouts.mask, rollouts.logps, rollouts.from_explorer, advantages))
-    row_prompts, device = [prompt for prompt in prompts for _ in range(G)], ids.device
-    sizes = [len(prompt) + n for prompt, n in zip(row_prompts, mask.sum(1).tolist())]  # prompt and response
-
-    def logprobs(model, rows):
-        return response_logprobs(model, [row_prompts[i] for i in rows.tolist()], ids[rows], mask[rows], args.temperature)
-
-    def in_micro_batches(rows, work):
-        """[work(part) for slices of these rows], smaller ones where memory does not suffice."""
-        def attempt():
-            optimizer.clear()  # what an attempt that came to nothing has left
-            return [work(part) for part in micro_batches([sizes[row] for row in rows.tolist()], args.micro_batch_tokens)]
-        return fitting(args, "micro_batch_tokens", max(sizes), attempt)
-
-    @torch.no_grad()
-    def frozen_logprobs(model):
-        rows = torch.arange(P * G, device=device)
-        return torch.cat(in_micro_batches(rows, lambda part: logprobs(model, rows[part])[0]))
+    groups = torch.arange(P, device=ids.device).repeat_interleave(G)  # [N] the prompt of each row
+    sizes = [len(prompts[group]) + n for group, n in zip(groups.tolist(), mask.sum(1).tolist())]
+    logprobs_of = lambda model, rows: response_logprobs(model, prompts, groups[rows], ids[rows], mask[rows], temperature)
 
     # pi_old [N, T] is held fixed while theta moves, or nothing would ever clip. Before a single update it does not move,
-    # and the update's own forward pass gives the same numbers.
-    learner_logps = frozen_logprobs(learner) if args.minibatches > 1 else None
-    reference_logps = frozen_logprobs(reference) if reference else None
+    # and the update's own forward pass gives the same numbers. pi_ref [N, T] never moves.
+    learner_logps = ref_logps = None
+    with torch.no_grad():
+        parts = micro_batches(sizes, micro_batch_tokens)
+        if minibatches > 1:
+            learner_logps = torch.cat([logprobs_of(learner, part)[0] for part in parts])
+        if reference:
+            ref_logps = torch.cat([logprobs_of(reference, part)[0] for part in parts])
 
-    def gradient(rows, weights):
-        """Adds a micro-batch's gradient to the mini-batch's. Returns (loss, KL, per-token metrics)."""
-        logps, entropies = logprobs(learner, rows)
-        before = logps.detach() if learner_logps is None else learner_logps[rows]
-        old_logps, importance = off_policy_correction(args.off_policy, before, sampler_logps[rows], from_explorer[rows],
-                                                      A[rows], mask[rows])
-        loss, ratio, clipped = policy_loss(logps, old_logps, A[rows], weights * importance, mask[rows],
-                                           args.clip_low, args.clip_high, sequence_ratio=args.loss == "gspo")
-        kl = kl_penalty(logps, reference_logps[rows], weights, mask[rows], args.kl_estimator) if reference else torch.zeros(())
-        loss = loss + args.kl_coef * kl
-        loss.backward()
-        optimizer.accumulate()
-        return loss.item(), kl.item(), (rows, ratio, clipped.float(), entropies, (before - sampler_logps[rows]).abs())
+    losses, kls, grad_norms, seen = [], [], [], []
+    for chosen in torch.randperm(P, generator=generator).to(ids.device).tensor_split(minibatches):  # prompts [P/m]
+        minibatch = (chosen[:, None] * G + torch.arange(G, device=ids.device)).flatten()  # whole groups: [P/m, G] -> [rows]
+        all_weights = token_weights(mask[minibatch], loss, max_new_tokens or T)
+        loss_sum = kl_sum = 0.0
+        for part in micro_batches([sizes[row] for row in minibatch.tolist()], micro_batch_tokens):
+            rows, weights = minibatch[part], all_weights[part]
+            logps, entropies = logprobs_of(learner, rows)
+            before = logps.detach() if learner_logps is None else learner_logps[rows]
+            old_logps, importance = off_policy_correction(off_policy, before, sampler_logps[rows], from_explorer[rows],
+                                                          A[rows], mask[rows])
+            part_loss, ratio, clipped = policy_loss(logps, old_logps, A[rows], weights * importance, mask[rows],
+                                                    clip_low, clip_high, sequence_ratio=loss == "gspo")
+            if reference:
+                kl = kl_penalty(logps, ref_logps[rows], weights, mask[rows], kl_estimator)
+                part_loss, kl_sum = part_loss + kl_coef * kl, kl_sum + kl.item()
+            part_loss.backward()
+            optimizer.accumulate()
+            loss_sum += part_loss.item()
+            seen.append((rows, ratio, clipped.float(), entropies, (before - sampler_logps[rows]).abs()))
+        losses.append(loss_sum)
+        kls.append(kl_sum)
+        grad_norms.append(optimizer.step(max_grad_norm, loss_sum))  # nan: skipped, since something was not finite
 
-    losses, kls, grad_norms, parts = [], [], [], []
-    for groups in torch.randperm(P, generator=generator).to(device).tensor_split(args.minibatches):
-        minibatch = (groups[:, None] * G + torch.arange(G, device=device)).flatten()  # whole groups: [P/m, G] -> [rows]
-        all_weights = token_weights(mask[minibatch], args.loss, args.max_new_tokens)
-        found = in_micro_batches(minibatch, lambda part: gradient(minibatch[part], all_weights[part]))
-        losses.append(sum(loss for loss, _, _ in found))
-        kls.append(sum(kl for _, kl, _ in found))
-        parts += [per_token for _, _, per_token in found]
-        grad_norms.append(optimizer.step(args.max_grad_norm, losses[-1]))
-
-    order, ratio, clipped, entropies, gap = map(torch.cat, zip(*parts))  # every row once, in the order it was trained on
-    per_token = {"ratio": ratio, "clip_fraction": clipped, "entropy": entropies, "logp_gap": gap}
-    metrics = {"loss": sum(losses) / args.minibatches, "kl": sum(kls) / args.minibatches if reference else None,
-               "grad_norm": float(np.mean(grad_norms)), "skipped_updates": int(np.sum(~np.isfinite(grad_norms)))}
-    for suffix, which in (("", torch.ones_like(from_explorer)), ("_explorer", from_explorer), ("_learner", ~from_explorer)):
-        chosen = (mask & which[:, None])[order]
-        metrics |= {name + suffix: x[chosen].mean().item() if chosen.any() else None for name, x in per_token.items()}
+    metrics = {"loss": float(np.mean(losses)), "kl": float(np.mean(kls)) if reference else None,
+               "grad_norm": float(np.mean(grad_norms)), "skipped_updates": int(np.isnan(grad_norms).sum())}
+    rows, *per_token = map(torch.cat, zip(*seen))  # every row once, in the order it was trained on
+    sources = {"": torch.ones_like(from_explorer), "_explorer": from_explorer, "_learner": ~from_explorer}
+    for source, which in sources.items():
+        tokens = (mask & which[:, None])[rows]
+        for name, x in zip(("ratio", "clip_fraction", "entropy", "logp_gap"), per_token):
+            metrics[name + source] = x[tokens].mean().item() if tokens.any() else None
     return metrics
-
-
-def round_in_turn(x, step):
-    """float32 -> bfloat16, its upper half: up where the lower half reaches a threshold that walks evenly through its range."""
-    threshold = int(step * 0.6180339887 % 1 * 2 ** 16)  # the golden ratio's multiples fill the unit interval evenly
-    return ((x.view(torch.int32) + threshold) & -2 ** 16).view(torch.float32).bfloat16()  # the sum carries over, or not
 
 
 class Optimizer:
     """AdamW in float32 for weights of any dtype: bfloat16 rounds a relative change below 1/256 away, and at learning
-    rates of 1e-6 there are hardly any others. Float32 weights are their own masters; others get a float32 copy.
+    rates of 1e-6 there are hardly any others. Float32 weights are their own masters; others get a float32 copy."""
 
-    `dtype`: that of the two moments, which are as large as the masters each, between updates. AdamW moves the second by a
-    thousandth at a time, and bfloat16 would round that away: `round_in_turn` is right on average."""
-
-    def __init__(self, model, lr, dtype=torch.float32):
+    def __init__(self, model, lr):
         self.weights = [w for w in model.parameters() if w.requires_grad]
         self.masters = [w if w.dtype == torch.float32 else w.detach().float() for w in self.weights]
-        self.dtype, fused = dtype, self.weights[0].device.type != "mps"
-        self.moved = False  # whether there was an update since this was last set to False: train.py Run
-        # With rounded moments one optimiser for each weight, so that only one weight's are ever wide.
-        sets = [self.masters] if dtype == torch.float32 else [[master] for master in self.masters]
-        self.adamw = [torch.optim.AdamW(masters, lr=lr, weight_decay=0.0, fused=fused) for masters in sets]
+        self.adamw = torch.optim.AdamW(self.masters, lr=lr, weight_decay=0.0, fused=self.weights[0].device.type != "mps")
 
     def accumulate(self):
         """Moves the weights' gradients of one micro-batch to their masters, where they are summed in float32."""
@@ -241,49 +234,20 @@ class Optimizer:
                 gradient, weight.grad = weight.grad.float(), None
                 master.grad = gradient if master.grad is None else master.grad + gradient
 
+    @torch.no_grad()
     def step(self, max_norm, loss=0.0):
-        """One update from the accumulated gradients, which it clears. Returns the gradient's norm before it is scaled
-        down to max_norm. Where that or the loss is not finite, nothing is updated and nan returned."""
+        """One update from the accumulated gradients, which it clears. Returns their norm before it is scaled down to
+        max_norm. Where that or the loss is not finite, nothing is updated and nan returned."""
         norm = torch.nn.utils.clip_grad_norm_(self.masters, max_norm).item()
-        if not np.isfinite(norm + loss):
-            self.clear()
-            return np.nan
-        self.moved = True
-        for adamw in self.adamw:
-            self.cast_moments(adamw, torch.float32)
-            adamw.step()
-            self.cast_moments(adamw, self.dtype)
-        self.clear()
-        self.copy_masters()
-        return norm
-
-    def clear(self):
-        for weight in (*self.weights, *self.masters):
-            weight.grad = None
-
-    def cast_moments(self, adamw, dtype):
-        for state in adamw.state.values():
-            for name in ("exp_avg", "exp_avg_sq"):
-                x = state[name]
-                state[name] = x.float() if dtype == torch.float32 else round_in_turn(x, state["step"].item())
+        finite = np.isfinite(norm + loss)
+        if finite:
+            self.adamw.step()
+            self.copy_masters()
+        self.adamw.zero_grad()
+        return norm if finite else float("nan")
 
     @torch.no_grad()
     def copy_masters(self):
         for master, weight in zip(self.masters, self.weights):
             if master is not weight:
                 weight.copy_(master)
-
-    def state(self):
-        return {"masters": self.masters, "moments": [adamw.state_dict()["state"] for adamw in self.adamw]}
-
-    @torch.no_grad()
-    def restore(self, state):
-        """ValueError for the state of a model of other sizes."""
-        if [saved.shape for saved in state["masters"]] != [master.shape for master in self.masters]:
-            raise ValueError("it holds weights of other sizes")
-        for master, saved in zip(self.masters, state["masters"]):
-            master.copy_(saved)
-        for adamw, saved in zip(self.adamw, state["moments"], strict=True):
-            adamw.load_state_dict(adamw.state_dict() | {"state": saved})  # at the learning rate of now
-            self.cast_moments(adamw, self.dtype)  # which AdamW widens, exactly
-        self.copy_masters()

@@ -1,8 +1,8 @@
 """The policy: one decoder-only transformer, its checkpoints, and the log-probabilities RL needs.
 
-One class covers Qwen3 (QK-norm), Qwen2 (qkv bias), Llama, Mistral and InternLM2 (neither): the tiny models of this
-repository and Qwen3-8B come in through the same door. It runs whole sequences; sample.py has the step that appends one
-token to cached ones.
+One class covers Qwen3 (QK-norm), Qwen2 (qkv bias), Llama and Mistral (neither): the tiny models of this repository and
+Qwen3-8B come in through the same door. One `forward` trains,
+prefills and decodes; `past` is all that differs.
 
 Batches are padded on the RIGHT: a causal model never looks right, so padding needs no mask, and a token's position is
 simply its index.
@@ -10,23 +10,19 @@ simply its index.
 Shapes: B rows, T tokens, D hidden, H query heads, K key/value heads, h head size, I MLP, V vocabulary, N = B*T.
 """
 import functools
+import hashlib
 import json
 import math
 import os
-import re
 import shutil
-import sys
 import warnings
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
-
-from reward import parse, read_object
 
 
 @dataclass
@@ -49,24 +45,24 @@ class Config:
 
     @classmethod
     def from_hf(cls, hf):
-        """From a config.json dictionary. ValueError names whatever this file does not implement, and what cannot be."""
+        """From a config.json dictionary. ValueError names whatever this file does not implement."""
         kind = hf.get("model_type")
-        if kind not in ("qwen3", "qwen2", "llama", "mistral", "internlm2"):
-            raise ValueError(f"model_type {kind!r:.40} is not implemented (qwen3, qwen2, llama, mistral and internlm2 are)")
+        if kind not in ("qwen3", "qwen2", "llama", "mistral"):
+            hint = ": recipes/internlm2.py converts it to Llama's layout" if kind == "internlm2" else ""
+            raise ValueError(f"model_type {kind!r} is not implemented (qwen3, qwen2, llama and mistral are){hint}")
         rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}  # transformers 5 | 4
         scaling = rope.get("rope_type", rope.get("type", "default"))
         unsupported = [f"{name}={value!r}" for name, value, fine in (
             ("rope scaling", scaling, scaling in ("default", "llama3", "dynamic")),  # dynamic: beyond the context only
-            ("hidden_act", hf.get("hidden_act", "silu"), hf.get("hidden_act", "silu") == "silu"),
-            ("attention_bias", True, not hf.get("attention_bias")),
-            ("mlp_bias", True, not hf.get("mlp_bias")),
-            ("bias", True, not hf.get("bias"))) if not fine]
+            ("hidden_act", hf.get("hidden_act"), hf.get("hidden_act", "silu") == "silu"),
+            ("attention_bias", True, not hf.get("attention_bias")), ("mlp_bias", True, not hf.get("mlp_bias")),
+            ("quantization_config", "..", not hf.get("quantization_config"))) if not fine]
         if unsupported:
             raise ValueError(f"this {kind} checkpoint needs {', '.join(unsupported)}, which is not implemented")
         heads, context = hf["num_attention_heads"], hf["max_position_embeddings"]
         # A sliding window hides nothing from a sequence that is no longer than it.
         window = hf.get("sliding_window") if hf.get("use_sliding_window", kind == "mistral") else None
-        config = cls(
+        return cls(
             **{key: hf[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
                                         "num_attention_heads", "rms_norm_eps")},
             max_position_embeddings=min(context, window or context),
@@ -77,31 +73,6 @@ class Config:
             tie_word_embeddings=hf.get("tie_word_embeddings") or False,
             qk_norm=kind == "qwen3",
             qkv_bias=kind == "qwen2")
-        number = lambda x: type(x) in (int, float) and 0 < x < 1e30
-        fine = {int: lambda x: type(x) is int and 0 < x <= 2 ** 24, float: number, bool: lambda x: type(x) is bool,
-                dict | None: lambda x: x is None or all(number(x[key]) for key in (
-                    "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"))}
-        wrong = [f"{field.name} {value!r:.40}" for field, value in zip(fields(cls), vars(config).values())
-                 if not fine[field.type](value)]
-        if wrong or config.num_hidden_layers > 1_000 or config.head_dim % 2 or heads % config.num_key_value_heads:
-            raise ValueError(f"no model has such sizes: {', '.join(wrong) or 'number of layers, of heads or size of a head'}")
-        return config
-
-
-def rms_norm(x, weight, eps, dim=-1):
-    """x / rms(x) * weight over one dimension, the mean square taken in fp32 whatever the model's dtype."""
-    x32 = x.float()
-    return weight * (x32 * torch.rsqrt(x32.square().mean(dim, keepdim=True) + eps)).to(x.dtype)
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, size, eps):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x):
-        return rms_norm(x, self.weight, self.eps)
 
 
 def rotary(positions, c: Config, dtype):
@@ -118,9 +89,28 @@ def rotary(positions, c: Config, dtype):
     return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
 
 
-def rotate(x, cos, sin, dim=-1):
+def rotate(x, cos, sin):
     """Rotates each channel pair by its position's angle: (left, right) -> (left cos - right sin, right cos + left sin)."""
-    return x * cos + x.roll(x.shape[dim] // 2, dim) * sin
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
+
+
+def project(x, weight):
+    """x @ weight.T: [..., in] -> [..., out]. For few rows, as in decoding, a CPU's BLAS leaves all but one core idle: it
+    shares out the rows. (weight @ x.T).T is shared out by output feature."""
+    rows = x.flatten(0, -2)  # [..., in] -> [N, in]
+    if x.device.type == "cpu" and len(rows) <= 256:
+        return (weight @ rows.T).T.unflatten(0, x.shape[:-1])
+    return F.linear(x, weight)
+
+
+def attend(q, k, v, mask=None):
+    """Attention [B, H, T, h] of queries q [B, H, T, h] over keys and values [B, K, S, h]. What each query may see is in
+    mask [B, 1, T, S], 0 or -inf; None: itself and all before it, S = T."""
+    if mask is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    share = q.shape[1] // k.shape[1]  # query heads that share a key head become queries of one head
+    grouped = q.reshape(*k.shape[:2], -1, q.shape[-1])  # [B, H, T, h] -> [B, K, H/K*T, h]
+    return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask.repeat(1, 1, share, 1)).reshape(q.shape)
 
 
 class Linear(nn.Linear):
@@ -136,13 +126,9 @@ class Linear(nn.Linear):
 
     def forward(self, x):
         """[..., in] -> [..., out]"""
-        y = super().forward(x)
+        y = project(x, self.weight)
+        y = y if self.bias is None else y + self.bias
         return y if self.A is None else y + (self.ALPHA / len(self.A)) * (x @ self.A.T @ self.B.T)
-
-    def columns(self, x):
-        """The same for inputs that stand as columns, as in decoding: [in, R] -> [out, R]."""
-        y = self.weight @ x if self.bias is None else self.weight @ x + self.bias[:, None]
-        return y if self.A is None else y + (self.ALPHA / len(self.A)) * (self.B @ (self.A @ x))
 
 
 def add_lora(model, rank, generator):
@@ -171,16 +157,14 @@ class Attention(nn.Module):
         self.head_dim = c.head_dim
         self.qkv_proj = Linear(c.hidden_size, sum(self.heads) * c.head_dim, bias=c.qkv_bias)
         self.o_proj = Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
-        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
+        self.q_norm = nn.RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
 
-    def forward(self, x, cos, sin, kv=None):
+    def forward(self, x, cos, sin, past=None):
         qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, T, D] -> [B, H+2K, T, h]
         q, k, v = qkv.split(self.heads, dim=1)
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
-        if kv is not None:  # prefill: keep them for the decoding steps to come
-            kv[0, :, :, :x.shape[1]], kv[1, :, :, :x.shape[1]] = k, v
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        y = attend(q, *past(k, v)) if past else attend(q, k, v)
         return self.o_proj(y.transpose(1, 2).flatten(2))  # [B, H, T, h] -> [B, T, H*h] -> [B, T, D]
 
 
@@ -198,13 +182,13 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
-        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.input_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.self_attn = Attention(c)
-        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = SwiGLU(c)
 
-    def forward(self, x, cos, sin, kv=None):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, kv)
+    def forward(self, x, cos, sin, past=None):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, past)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -214,7 +198,7 @@ class Transformer(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.num_tokens = config.vocab_size  # load() lowers it to the tokeniser's size
@@ -229,43 +213,36 @@ class Transformer(nn.Module):
         weight = self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
         return weight[:self.num_tokens]
 
-    def forward(self, ids, kv_layers=None):
-        """Final hidden states [B, T, D] of ids [B, T]; multiply by `head.T` for logits. With kv_layers, a tensor
-        [2, B, K, >= T, h] for each layer, the tokens' keys and values are written there."""
+    def forward(self, ids, positions=None, past=None):
+        """Final hidden states [B, T, D] of ids [B, T]; multiply by `head.T` for logits.
+
+        positions [B, T]: where the tokens stand; 0, 1, 2, .. if not given. past(layer, k, v): takes a layer's new keys and
+        values [B, K, T, h] and gives back all that the queries may see [B, K, S, h], and a mask for `attend`. Without it
+        the tokens see each other alone. The sampler's KV cache and a group's prompt in the update are such pasts."""
         x = self.embed_tokens(ids)
-        cos, sin = rotary(torch.arange(ids.shape[1], device=ids.device), self.config, x.dtype)  # [T, h] each
-        for layer, kv in zip(self.layers, kv_layers or [None] * len(self.layers)):
+        positions = torch.arange(ids.shape[1], device=ids.device)[None] if positions is None else positions
+        cos, sin = rotary(positions[:, None], self.config, x.dtype)  # [B, 1, T, h] each, the same for all heads
+        for i, layer in enumerate(self.layers):
+            inputs = x, cos, sin, functools.partial(past, i) if past else None
             recompute = self.checkpoint_layers and torch.is_grad_enabled()
-            x = checkpoint(layer, x, cos, sin, use_reentrant=False) if recompute else layer(x, cos, sin, kv)
+            x = checkpoint(layer, *inputs, use_reentrant=False) if recompute else layer(*inputs)
         return self.norm(x)
 
 
-# ---- when memory does not suffice ------------------------------------------------------------------------------------
+def read_prompts(model, prompts):
+    """Runs P prompts (lists of ids), each once. Returns the hidden state at each one's last token [P, D], every layer's keys
+    and values {layer: (k, v)}, each [P, K, L, h] with L the longest, and lengths [P]."""
+    device = model.head.device
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(prompt, device=device) for prompt in prompts], batch_first=True)
+    cache = {}
 
-OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|ALLOC_FAILED")  # of CUDA and MPS, of the CPU, of cuBLAS
-WHAT_HELPS = ("--dtype bfloat16, a shorter --max-new-tokens, in training --lora-rank, --optimizer-dtype bfloat16 and "
-              "--checkpoint-layers, or a smaller model need less (recipes/plan.py says how much)")
+    def keep(layer, k, v):
+        cache.setdefault(layer, (k, v))  # checkpoint_layers comes by once more, in the backward pass
+        return k, v
 
-
-class OutOfMemory(Exception):
-    """Memory does not suffice for the smallest batch there is."""
-
-
-def fitting(args, flag, least, work):
-    """work(), which reads args.<flag>, a batch size; where memory does not suffice, again with half of it, which stays so.
-    Anything random that `work` draws, it must draw anew. OutOfMemory where `least` does not fit either."""
-    while True:
-        try:
-            return work()
-        except RuntimeError as error:
-            if not OUT_OF_MEMORY.search(str(error)):
-                raise
-        # Only here, behind the `except`, are the tensors of the attempt let go of.
-        name, size = "--" + flag.replace("_", "-"), getattr(args, flag)
-        if size <= least:
-            raise OutOfMemory(f"out of memory even with {name} {size}: {WHAT_HELPS}")
-        setattr(args, flag, max(least, size // 2))
-        tqdm.write(f"out of memory: going on with {name} {getattr(args, flag)}", file=sys.stderr)
+    hidden = model(padded, past=keep)  # [P, L, D]
+    return hidden[torch.arange(len(prompts), device=device), lengths - 1], cache, lengths
 
 
 # ---- log pi(target) without the [tokens, vocabulary] array -------------------------------------------------------
@@ -365,92 +342,27 @@ def fused_logprobs(hidden, weight, targets, temperature=1.0, chunk=1024, compile
 
 # ---- checkpoints: ordinary Hugging Face directories ---------------------------------------------------------------
 
-SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-def read_safetensors(path):
-    """Yields (name, tensor) of a safetensors file: 8 bytes n, n bytes of JSON {name: dtype, shape, data_offsets}, raw
-    data. The file is memory-mapped and copied tensor by tensor.
-    ValueError if the file is damaged or cut short, or holds another dtype; OSError if it cannot be read."""
-    with open(path, "rb") as file:  # OSError for a directory, of which torch makes a RuntimeError
-        size = file.seek(0, os.SEEK_END)
-    raw = torch.from_file(str(path), dtype=torch.uint8, size=size) if size else torch.zeros(0, dtype=torch.uint8)
-    start = 8 + int.from_bytes(raw[:8].numpy().tobytes(), "little")
-    damaged = f"{path}: not a safetensors file, or a damaged one ({size:,} bytes)"
+def pick_device(name):
+    """`auto` takes CUDA, then Apple's MPS, then the CPU. ValueError for a device that is not there."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        entries = parse(raw[8:min(start, 10 ** 8)].numpy().tobytes())  # the library's own limit of a header
-        entries.pop("__metadata__", None)
-    except (ValueError, AttributeError, TypeError):
-        raise ValueError(damaged) from None
-    spans = []
-    for name, entry in entries.items():
-        try:
-            dtype, shape, (first, last) = SAFETENSORS_DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-            fits = all(type(n) is int and 0 <= n <= size for n in (*shape, first, last, start + last)) and (
-                last - first == math.prod(shape) * dtype.itemsize)
-        except (KeyError, TypeError, ValueError):
-            fits = False
-        if not fits:
-            raise ValueError(f"{path}: {name!r:.100} is damaged or cut short, or not of dtype {', '.join(SAFETENSORS_DTYPES)}")
-        spans.append((first, last))
-        yield name, raw[start + first:start + last].clone().view(dtype).view(shape)  # the copy is aligned, whatever `start`
-    firsts, lasts = ([span[i] for span in sorted(spans)] for i in (0, 1))
-    if [0, *lasts] != [*firsts, size - start]:  # some bytes belong to two tensors or to none
-        raise ValueError(damaged)
-
-
-def write_whole(path, write):
-    """write(file), so that `path` then holds all of it, or what it held before, whatever happens: a crash, a full disk."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with open(partial, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())  # on the disk before its name is: else a power cut may leave the name of an empty file
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
-def lock(handle, path):
-    """Keeps other processes from locking the open file or directory until it is closed or this process ends, however it ends.
-    ValueError if another has it."""
-    import fcntl  # not on Windows, where nothing but what is locked works
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"{path}: another process is writing there") from None
-    except OSError as error:  # some network file systems
-        warnings.warn(f"{path} cannot be locked ({error.strerror}): see to it that no other process writes there")
-
-
-def write_safetensors(path, tensors):
-    names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
-    header, offset = {"__metadata__": {"format": "pt"}}, 0  # transformers refuses a file without this note
-    for name, t in tensors.items():
-        end = offset + t.numel() * t.element_size()
-        header[name] = {"dtype": names[t.dtype], "shape": list(t.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # data starts 8-byte aligned
-    def write(file):
-        file.write(len(text).to_bytes(8, "little") + text)
-        for t in tensors.values():
-            file.write(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    write_whole(Path(path), write)
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
+    return name
 
 
 def find_file(source, name, required=True):
-    """Path of one file of a checkpoint, from a local directory or else from the Hugging Face hub (and cached)."""
+    """Path of one file of a checkpoint, from a local directory or else from the Hugging Face hub (and cached).
+    ValueError if it is required and not there."""
     from transformers.utils import cached_file  # slow to import, so only where a checkpoint is read
     try:
         path = cached_file(str(source), name, _raise_exceptions_for_missing_entries=False)
     except OSError:
         path = None
     if path is None and required:
-        raise ValueError(f"{source}: no {name} in a directory of that name, nor on the Hugging Face hub as far as it "
-                         "can be reached: check the path or the name")
+        raise ValueError(f"no {name} in a directory of that name, nor on the Hugging Face hub as far as it can be reached")
     return path
 
 
@@ -468,81 +380,65 @@ def hf_weights(model):
     return weights
 
 
-INTERNLM2 = {"tok_embeddings": "embed_tokens", "attention.wo": "self_attn.o_proj", "attention_norm": "input_layernorm",
-             "ffn_norm": "post_attention_layernorm", "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj",
-             "feed_forward.w3": "mlp.up_proj", "output.weight": "lm_head.weight"}
+def load_weights(model, source):
+    """Copies a checkpoint's safetensors into the model, one tensor at a time."""
+    from safetensors import safe_open
+    index = find_file(source, "model.safetensors.index.json", required=False)
+    shards = json.loads(Path(index).read_text())["weight_map"].values() if index else ["model.safetensors"]
+    missing = hf_weights(model)
+    for shard in sorted(set(shards)):
+        with safe_open(find_file(source, shard), framework="pt") as file:
+            for name in file.keys():
+                if name == "lm_head.weight" and model.config.tie_word_embeddings:
+                    continue  # some exporters write the tied matrix twice
+                if name not in missing or missing[name].shape != tuple(file.get_slice(name).get_shape()):
+                    raise ValueError(f"weights and config.json disagree about {name!r} in {shard}")
+                missing.pop(name).copy_(file.get_tensor(name))
+    if missing:
+        raise ValueError(f"weights and config.json disagree: no {', '.join(missing)}"[:300])
 
 
-def as_llama(name, tensor, c):
-    """[(name, tensor)]: one of InternLM2's tensors under Llama's names. It is the same network; q, k and v lie in one
-    matrix, in which the query heads of each key head are followed by that key head and its value head."""
-    if "attention.wqkv" in name and tensor.shape[:1] == ((c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim,):
-        heads = tensor.unflatten(0, (c.num_key_value_heads, -1, c.head_dim))  # [K, H/K + 2, h, D]
-        parts = heads[:, :-2].flatten(0, 2), heads[:, -2].flatten(0, 1), heads[:, -1].flatten(0, 1)
-        return [(name.replace("attention.wqkv", f"self_attn.{q}_proj"), part) for q, part in zip("qkv", parts)]
-    for old, new in INTERNLM2.items():
-        name = name.replace(old, new)
-    return [(name, tensor)]
+def fingerprint(model):
+    """A hash of the weights, of some of each tensor: a path may hold another model than it did yesterday."""
+    digest = hashlib.sha256()
+    for weight in model.parameters():
+        digest.update(weight.detach().flatten()[:4096].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def load(source, device="cpu", dtype=torch.float32):
-    """(model, tokenizer) from a Hugging Face directory or hub name. Weights are held once, plus one tensor.
-    ValueError: a file is missing or broken, or the architecture is not implemented."""
+    """(model, tokenizer) from a Hugging Face directory or hub name. Code that comes with a checkpoint is never run.
+    ValueError, one line that names the source: a file is missing or broken, or the architecture is not implemented."""
     from transformers import AutoTokenizer
-    config_file = Path(find_file(source, "config.json"))
-    hf = read_object(config_file)
     try:
-        config = Config.from_hf(hf)
+        hf = json.loads(Path(find_file(source, "config.json")).read_text())
         with torch.device("meta"):  # shapes only: no time is spent on random weights
-            model = Transformer(config)
+            model = Transformer(Config.from_hf(hf))
         model = model.to(dtype).to_empty(device=device)
-    except (ArithmeticError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:  # RuntimeError: no memory
-        what = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
-        raise ValueError(f"{config_file}: {what:.300}") from None
-    index = find_file(source, "model.safetensors.index.json", required=False)
-    shards = read_object(index).get("weight_map") if index else {"": "model.safetensors"}
-    # A file's text is no path elsewhere, `../x` say.
-    if not isinstance(shards, dict) or not all(re.fullmatch(r"[\w.-]+\.safetensors", str(shard)) for shard in shards.values()):
-        raise ValueError(f"{index}: weight_map must name .safetensors files in the same directory")
-    missing = hf_weights(model)
-    for shard in sorted(set(shards.values())):
-        stored = read_safetensors(find_file(source, shard))
-        if hf["model_type"] == "internlm2":
-            stored = (pair for name, tensor in stored for pair in as_llama(name, tensor, config))
-        for name, tensor in stored:
-            if name == "lm_head.weight" and config.tie_word_embeddings:
-                continue  # some exporters write the tied matrix twice
-            if name not in missing or missing[name].shape != tensor.shape:
-                raise ValueError(f"{source}: weights and config.json disagree: {shard} has {name!r:.100} {list(tensor.shape)}"
-                                 + (f", not {list(missing[name].shape)}" if name in missing else ", which is not wanted"))
-            missing.pop(name).copy_(tensor)
-    if missing:
-        raise ValueError(f"{source}: weights and config.json disagree: no {', '.join(missing)}"[:300])
-    try:
-        more = {"add_bos_token": True} if hf["model_type"] == "internlm2" else {}  # which its own code, not run here, adds
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **more)
-        tokenizer.init_kwargs.pop("auto_map", None)  # nor is it to be run by those who load what is saved
-        tokenizer.decode(tokenizer("1\U000f0000").input_ids)  # faults that show in use, and with what no vocabulary holds
-        model.num_tokens = min(1 + max(tokenizer.get_vocab().values()), config.vocab_size)
-    except Exception as error:  # the libraries below raise whatever they like, down to plain Exception
-        raise ValueError(f"{source}: no tokeniser can be read here: {' '.join(str(error).split())[:200]}") from None
-    generation = find_file(source, "generation_config.json", required=False)
-    stops = read_object(generation).get("eos_token_id") if generation else None
-    stops = [stop for stop in [*(stops if isinstance(stops, list) else [stops]), tokenizer.eos_token_id] if stop is not None]
-    if not all(type(stop) is int and 0 <= stop < model.num_tokens for stop in stops):
-        raise ValueError(f"{generation or source}: stop tokens {stops!r:.100}, not from 0 to {model.num_tokens - 1}")
-    model.stop_ids = tuple(sorted(set(stops)))
-    if hf["model_type"] == "internlm2":  # saved as what it is
-        hf = {key: value for key, value in hf.items() if key not in ("auto_map", "rope_scaling", "bias")}
-        hf |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
-    model.hf_config = hf
+        load_weights(model, source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer.decode(tokenizer("1").input_ids)  # some faults show only in use
+        model.num_tokens = min(1 + max(tokenizer.get_vocab().values()), model.config.vocab_size)
+        generation = find_file(source, "generation_config.json", required=False)
+        stops = json.loads(Path(generation).read_text()).get("eos_token_id") if generation else None
+        stops = {*(stops if isinstance(stops, list) else [stops]), tokenizer.eos_token_id} - {None}
+        if not stops <= set(range(model.num_tokens)):
+            raise ValueError(f"stop tokens {sorted(stops)} are not all below {model.num_tokens}")
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a broken file makes the libraries below raise whatever they like
+        what = f"no {error} in config.json" if isinstance(error, KeyError) else " ".join(str(error).split())
+        raise ValueError(f"model {source} cannot be loaded: {what:.300}") from error
+    tokenizer.init_kwargs.pop("auto_map", None)  # code of the checkpoint, which nobody who loads our copy should run
+    model.hf_config = {key: value for key, value in hf.items() if key != "auto_map"}
+    model.stop_ids = tuple(sorted(stops))
     return model, tokenizer
 
 
 def save(model, tokenizer, directory):
-    """Writes config.json, model.safetensors and the tokeniser as transformers' `from_pretrained` reads them, beside a directory
-    of that name, which it then replaces. Adapters are merged first, for good; the matrices they adapt are float32 from then
-    on."""
+    """Writes config.json, model.safetensors and the tokeniser as transformers' `from_pretrained` reads them, beside a
+    directory of that name, which it then replaces. Adapters are merged first, for good."""
+    from safetensors.torch import save_file
     merge_lora(model)
     directory = Path(directory)
     partial = directory.with_name(directory.name + ".partial")
@@ -551,7 +447,8 @@ def save(model, tokenizer, directory):
     dtype = str(model.layers[0].self_attn.o_proj.weight.dtype).removeprefix("torch.")
     (partial / "config.json").write_text(json.dumps(model.hf_config | {"dtype": dtype}, indent=2))
     (partial / "generation_config.json").write_text(json.dumps({"eos_token_id": list(model.stop_ids)}))
-    write_safetensors(partial / "model.safetensors", hf_weights(model))
+    weights = {name: weight.contiguous() for name, weight in hf_weights(model).items()}
+    save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save_pretrained(partial)
     shutil.rmtree(directory, ignore_errors=True)
     os.replace(partial, directory)

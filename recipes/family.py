@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import model as models
 import reward
 from reward import HABIT_OPERATOR, OPERATIONS, Problem, habit_solution, reduce_at
-from sample import pick_device
+from model import pick_device
 
 # Width, layers. Sizes with a true pass@k crossover: the learner is large enough to memorise the writers' habits,
 # the explorer too small for that and just large enough to execute what it writes.
