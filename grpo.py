@@ -130,35 +130,38 @@ def response_logprobs(model, prompts, groups, ids, mask, temperature=1.0):
     chosen, groups = groups.unique(return_inverse=True)  # prompts of these rows
     T = int(mask.sum(1).max())  # the longest response
     last, cache, lengths = read_prompts(model, [prompts[group] for group in chosen.tolist()])
-    first = last[groups, None]  # [N, 1, D]: a prompt's last token predicts the first of each of its responses
+    hidden = last[groups, None]  # [N, 1, D]: a prompt's last token predicts the first of each of its responses
 
     steps, slots = torch.arange(T - 1, device=ids.device), torch.arange(cache[0][0].shape[2], device=ids.device)
-    in_prompt = (slots < lengths[groups, None])[:, None].expand(-1, T - 1, -1)  # [N, T-1, L] not its padding
+    in_prompt = (slots < lengths[groups, None])[:, None].expand(-1, T - 1, -1)  # [N, T-1, L] not the padding
     before = (steps <= steps[:, None]).expand(len(ids), -1, -1)  # [N, T-1, T-1]
-    mask_ = torch.zeros(len(ids), 1, T - 1, len(slots) + T - 1, dtype=first.dtype, device=ids.device)
-    mask_ = mask_.masked_fill(~torch.cat([in_prompt, before], 2)[:, None], -torch.inf)
+    visible = torch.cat([in_prompt, before], dim=2)[:, None]  # [N, 1, T-1, L+T-1]
+    allowed = torch.zeros(visible.shape, dtype=last.dtype, device=ids.device).masked_fill(~visible, -torch.inf)
+    allowed = allowed.repeat(1, 1, model.config.num_attention_heads // model.config.num_key_value_heads, 1)
 
     def after_prompt(layer, k, v):
-        return *(torch.cat([old[groups], new], dim=2) for old, new in zip(cache[layer], (k, v))), mask_  # [N, K, L+T-1, h]
+        return *(torch.cat([old[groups], new], dim=2) for old, new in zip(cache[layer], (k, v))), allowed  # [N, K, L+T-1, h]
 
     if T > 1:
         rest = model(ids[:, :T - 1], lengths[groups, None] + steps, after_prompt)  # [N, T-1, D] predicts tokens 2 to T
-        first = torch.cat([first, rest], dim=1)
-    hidden = first[mask[:, :T]]  # [N, T, D] -> [response tokens, D], row by row
+        hidden = torch.cat([hidden, rest], dim=1)
+    hidden = hidden[mask[:, :T]]  # [N, T, D] -> [response tokens, D], row by row
     logps, entropies = fused_logprobs(hidden, model.head, ids[mask], temperature, compile=model.compiled)
     blank = torch.zeros(mask.shape, device=ids.device)
     return blank.masked_scatter(mask, logps), blank.masked_scatter(mask, entropies)
 
 
-def micro_batches(lengths, tokens):
-    """Slices of consecutive rows of these lengths that hold at most so many tokens, padding counted, and a row at least."""
-    slices, start, longest = [], 0, 0
-    for row, length in enumerate(lengths):
-        longest = max(longest, length)
-        if row > start and (row + 1 - start) * longest > tokens:
-            slices.append(slice(start, row))
-            start, longest = row, length
-    return [*slices, slice(start, len(lengths))]
+def micro_batches(groups, prompts, responses, tokens):
+    """Slices of consecutive rows that run at most so many tokens, padding counted, and at least one row. Given are each
+    row's group, prompt length and response length (lists); a group's prompt runs once in a slice."""
+    slices, start = [], 0
+    for end in range(1, len(groups) + 1):
+        part = slice(start, end)
+        run = len(set(groups[part])) * max(prompts[part]) + (end - start) * max(responses[part])
+        if run > tokens and end - start > 1:
+            slices.append(slice(start, end - 1))
+            start = end - 1
+    return [*slices, slice(start, len(groups))]
 
 
 def update(learner, reference, optimizer, prompts, rollouts, advantages, generator, *, loss="grpo", off_policy="recompute",
@@ -170,14 +173,16 @@ def update(learner, reference, optimizer, prompts, rollouts, advantages, generat
     ids, mask, sampler_logps, from_explorer, A = (x.flatten(0, 1) for x in (  # [P, G, ...] -> [N, ...]
         rollouts.ids, rollouts.mask, rollouts.logps, rollouts.from_explorer, advantages))
     groups = torch.arange(P, device=ids.device).repeat_interleave(G)  # [N] the prompt of each row
-    sizes = [len(prompts[group]) + n for group, n in zip(groups.tolist(), mask.sum(1).tolist())]
+    lengths = mask.sum(1).tolist()
+    cut = lambda rows: micro_batches([row // G for row in rows], [len(prompts[row // G]) for row in rows],
+                                     [lengths[row] for row in rows], micro_batch_tokens)
     logprobs_of = lambda model, rows: response_logprobs(model, prompts, groups[rows], ids[rows], mask[rows], temperature)
 
     # pi_old [N, T] is held fixed while theta moves, or nothing would ever clip. Before a single update it does not move,
     # and the update's own forward pass gives the same numbers. pi_ref [N, T] never moves.
     learner_logps = ref_logps = None
     with torch.no_grad():
-        parts = micro_batches(sizes, micro_batch_tokens)
+        parts = cut(range(P * G))
         if minibatches > 1:
             learner_logps = torch.cat([logprobs_of(learner, part)[0] for part in parts])
         if reference:
@@ -188,7 +193,7 @@ def update(learner, reference, optimizer, prompts, rollouts, advantages, generat
         minibatch = (chosen[:, None] * G + torch.arange(G, device=ids.device)).flatten()  # whole groups: [P/m, G] -> [rows]
         all_weights = token_weights(mask[minibatch], loss, max_new_tokens or T)
         loss_sum = kl_sum = 0.0
-        for part in micro_batches([sizes[row] for row in minibatch.tolist()], micro_batch_tokens):
+        for part in cut(minibatch.tolist()):
             rows, weights = minibatch[part], all_weights[part]
             logps, entropies = logprobs_of(learner, rows)
             before = logps.detach() if learner_logps is None else learner_logps[rows]
@@ -245,6 +250,14 @@ class Optimizer:
             self.copy_masters()
         self.adamw.zero_grad()
         return norm if finite else float("nan")
+
+    def restore(self, masters, adamw):
+        """Takes up saved masters and AdamW's state_dict."""
+        with torch.no_grad():
+            for master, saved in zip(self.masters, masters, strict=True):
+                master.copy_(saved)
+        self.adamw.load_state_dict(adamw)
+        self.copy_masters()
 
     @torch.no_grad()
     def copy_masters(self):
