@@ -1,13 +1,15 @@
-"""Small-to-large annealing: how many rollouts of each group the explorer writes at each step (S2L-PO, Algorithm 1).
+"""Small-to-large annealing: how many rollouts of each group the explorer writes at each step (S2L-PO,
+Algorithm 1).
 
     alpha_i = 1 - (i - 1) / (T_mix - 1)   for i <= T_mix, else 0       explorer's share at step i = 1, 2, ...
     G_w = ceil(alpha_i * G),  G_s = G - G_w                            explorer's and learner's rollouts
 
-Early on, many of the learner's own groups fail altogether. An explorer that fails elsewhere supplies successes to learn
-from. Later its rollouts are off-policy and worse than the learner's own, so the share falls to 0. From step T_mix on this
-is plain GRPO.
+Early on, many of the learner's own groups fail altogether. An explorer that fails elsewhere supplies
+successes to learn from. Later its rollouts are off-policy and worse than the learner's own, so the share
+falls to 0. From step T_mix on this is plain GRPO.
 
-T_mix is a guess at how long that takes. The schedule `measured`, which is not the paper's, looks at past steps instead.
+T_mix is a guess at how long that takes. The schedule `measured`, which is not the paper's, looks at past
+steps instead.
 
     python anneal.py --steps 16 --mix-steps 8 --group-size 16          prints the table of a run
 """
@@ -24,8 +26,8 @@ SCHEDULES = {
 
 
 def explorer_share(step, mix_steps, schedule="linear", constant=0.5, history=()):
-    """alpha_i in [0, 1] of `step` = i, counted from 1. With mix_steps = 1, alpha_1 = 1 (the equation has 0/0 there).
-    `history`: metrics of the steps before, which only the schedule "measured" reads."""
+    """alpha_i in [0, 1] of `step` = i, counted from 1. With mix_steps = 1, alpha_1 = 1 (the equation has 0/0
+    there). `history`: metrics of the steps before, which only the schedule "measured" reads."""
     if schedule == "constant":
         return constant
     if schedule == "measured":
@@ -37,9 +39,10 @@ def explorer_share(step, mix_steps, schedule="linear", constant=0.5, history=())
 
 
 def measured(history, decay=0.8, least=0.1):
-    """alpha = e / (e + l). e: share of groups that only the explorer solved; l: share that the learner solved; both
-    smoothed over steps. Counted by groups, since mean rewards would never let the explorer go: even a beaten one is right
-    now and then. Below `least` it leaves for good: without rollouts of its own, e only falls from then on."""
+    """alpha = e / (e + l). e: share of groups that only the explorer solved; l: share that the learner
+    solved; both smoothed over steps. Counted by groups, since mean rewards would never let the explorer go:
+    even a beaten one is right now and then. Below `least` it leaves for good: without rollouts of its own, e
+    only falls from then on."""
     e = l = 0.5
     for metrics in history:
         e = decay * e + (1 - decay) * metrics["groups_explorer_only"]
@@ -51,8 +54,8 @@ def measured(history, decay=0.8, least=0.1):
 def split_group(share, group_size, learner_at_least=0):
     """(G_w, G_s): ceil(share * G) and the rest, which sum to G. G_s is never below `learner_at_least`.
 
-    A product that is whole on paper can come out a hair above (0.3 * 10 = 3.0000000000000004 when 0.3 is 1 - 0.7). The
-    ceiling would then add a rollout; hence the 1e-9."""
+    A product that is whole on paper can come out a hair above (0.3 * 10 = 3.0000000000000004 when 0.3 is 1 -
+    0.7). The ceiling would then add a rollout; hence the 1e-9."""
     explorer = min(math.ceil(share * group_size - 1e-9), group_size - learner_at_least)
     return explorer, group_size - explorer
 
@@ -68,7 +71,7 @@ def main():
     parser.add_argument("--explorer-share", type=float, default=0.5, help="the share of --schedule constant")
     args = parser.parse_args()
     if not (args.steps >= args.mix_steps >= 1 <= args.group_size and 0 <= args.explorer_share <= 1):
-        parser.error("--mix-steps lies between 1 and --steps, --group-size starts at 1, --explorer-share lies in [0, 1]")
+        parser.error("--mix-steps lies in 1..--steps, --group-size starts at 1, --explorer-share lies in 0..1")
     print(" step   alpha  explorer  learner")
     total = 0
     for step in range(1, args.steps + 1):

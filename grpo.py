@@ -2,18 +2,18 @@
 
 For a prompt, G responses o_1..o_G with rewards r_1..r_G (in S2L-PO some of them the explorer's), per token t:
 
-    A_i      = (r_i - mean(r)) / std(r)                                     over the combined group
-    ratio    = pi_theta(o_it | ...) / pi_old(o_it | ...)                    pi_old: the policy at the start of the step
-    L_it     = -min(ratio * A_i, clip(ratio, 1 - eps_low, 1 + eps_high) * A_i) + beta * KL(pi_theta || pi_ref)
-    loss     = sum_it weight_it * L_it                                      weight: see token_weights
+    A_i    = (r_i - mean(r)) / std(r)                                  over the combined group
+    ratio  = pi_theta(o_it | ...) / pi_old(o_it | ...)                 pi_old: the policy when the step begins
+    L_it   = -min(ratio A_i, clip(ratio, 1 - eps_low, 1 + eps_high) A_i) + beta KL(pi_theta || pi_ref)
+    loss   = sum_it weight_it L_it                                     weight: token_weights
 
-Why a group: the mean reward of a prompt's own rollouts is the baseline, so no value network is needed. Why the loss is 0
-at a step's first update (with the default loss): every ratio is 1, every row has the same weight, and the advantages of a
-group sum to 0. Its gradient is REINFORCE's and is not 0.
+Why a group: the mean reward of a prompt's own rollouts is the baseline, so no value network is needed. Why
+the loss is 0 at a step's first update (with the default loss): every ratio is 1, every row has the same
+weight, and the advantages of a group sum to 0. Its gradient is REINFORCE's and is not 0.
 
 From the first line of a group's rewards to the optimiser's step: `group_advantages`, then `update`.
 
-Shapes: P prompts, G rollouts each, N = P*G rows, T response tokens, L prompt and response tokens, D hidden.
+Shapes: P prompts, G rollouts each, N = P*G rows, T response tokens, L prompt tokens, D hidden.
 """
 import numpy as np
 import torch
@@ -25,14 +25,14 @@ OFF_POLICY = ("recompute", "behaviour", "truncated", "geometric", "positive")
 
 
 def group_advantages(rewards, scale=True):
-    """A [P, G] of rewards [P, G]: each row centred on its mean and, with `scale`, divided by its standard deviation.
+    """A [P, G] of rewards [P, G]: each row centred on its mean and, with `scale`, divided by its standard
+    deviation.
 
-    The standard deviation is the unbiased one (ddof 1), plus 1e-6. A group of equal rewards teaches nothing and gets
-    exactly 0: rounded, the mean of rewards like 0.7 differs from each of them, and dividing that by a standard
-    deviation near 0 would blow it up.
-    ValueError if G < 2: one rollout is its own baseline."""
+    The standard deviation is the unbiased one (ddof 1), plus 1e-6. A group of equal rewards teaches nothing
+    and gets exactly 0: rounded, the mean of rewards like 0.7 differs from each of them, and dividing that by
+    a standard deviation near 0 would blow it up. ValueError if G < 2: one rollout is its own baseline."""
     if rewards.shape[1] < 2:
-        raise ValueError("a group needs at least 2 rollouts: with one, the reward minus the group's mean is always 0")
+        raise ValueError("a group needs at least 2 rollouts: one less its own mean is always 0")
     centred = rewards - rewards.mean(1, keepdim=True)  # [P, G] - [P, 1]
     if scale:
         centred = centred / (rewards.std(1, keepdim=True) + 1e-6)
@@ -41,9 +41,9 @@ def group_advantages(rewards, scale=True):
 
 
 def token_weights(mask, loss, max_new_tokens):
-    """Weight of each token in the loss, [N, T], for the N rows of one mini-batch. This is all that the loss types differ
-    in, but for gspo's ratio and dr_grpo's advantages, which are not divided by std. Computed before micro-batches are
-    cut, so cutting cannot change the loss.
+    """Weight of each token in the loss, [N, T], for the N rows of one mini-batch. This is all that the loss
+    types differ in, but for gspo's ratio and dr_grpo's advantages, which are not divided by std. Computed
+    before micro-batches are cut, so cutting cannot change the loss.
 
         grpo, gspo  1 / (N * length_i)     mean over tokens, then rows: tokens of long responses count less
         dapo        1 / (all tokens)       every token of the mini-batch counts the same
@@ -58,47 +58,51 @@ def token_weights(mask, loss, max_new_tokens):
 
 
 def off_policy_correction(choice, learner_logps, sampler_logps, from_explorer, advantages, mask):
-    """(old log-probs, importance weights), both [N, T]: what stands in the ratio's denominator, and how much each token
-    of the explorer counts. learner_logps are the learner's at the start of the step, sampler_logps those of whoever drew
-    the token (elsewhere called old and rollout log-probs), both 0 outside mask [N, T]; from_explorer [N] says which rows
-    are the explorer's; advantages [N].
+    """(old log-probs, importance weights), both [N, T]: what stands in the ratio's denominator, and how much
+    each token of the explorer counts. learner_logps are the learner's when the step began, sampler_logps
+    those of whoever drew the token, both 0 outside mask [N, T]. from_explorer [N] says which rows are the
+    explorer's; advantages [N].
 
-        recompute  the learner's own, as if it had written the tokens: every ratio starts at 1 and the clip limits the
-                   drift within the step. The paper's choice: biased, and stable.
-        behaviour  the explorer's: an importance ratio against the policy that drew the token. It corrects each token
-                   given its prefix (not the prefix), but starts far from 1, where the clip stops much of the gradient.
-        truncated  recompute, each token times min(pi_learner / pi_explorer, 2), truncated importance sampling: tokens
-                   that the learner would hardly have drawn count less.
-        geometric  recompute, each row times min(exp(mean of log(pi_learner / pi_explorer) over its tokens), 2): how
-                   plausible the learner finds the whole rollout, per token, so that length does not drive it to 0.
-        positive   recompute, but explorer rows with A < 0 are left out: imitate its successes, do not flee from its
-                   failures, which the learner would hardly have written.
+        recompute  the learner's own, as if it had written the tokens: every ratio starts at 1 and the clip
+                   limits the drift within the step. The paper's choice: biased, and stable.
+        behaviour  the explorer's: an importance ratio against the policy that drew the token. It corrects
+                   each token given its prefix (not the prefix), but starts far from 1, where the clip stops
+                   much of the gradient.
+        truncated  recompute, each token times min(pi_learner / pi_explorer, 2), truncated importance
+                   sampling: tokens that the learner would hardly have drawn count less.
+        geometric  recompute, each row times min(exp(mean of log(pi_learner / pi_explorer) over its tokens),
+                   2): how plausible the learner finds the rollout, per token, so that length does not drive
+                   it to 0.
+        positive   recompute, but explorer rows with A < 0 are left out: imitate its successes, do not flee
+                   from its failures, which the learner would hardly have written.
     """
     off_policy = from_explorer[:, None]  # [N] -> [N, 1]
     old_logps, weights = learner_logps, torch.ones_like(learner_logps)
+    log_ratio = learner_logps - sampler_logps
     if choice == "behaviour":
         old_logps = torch.where(off_policy, sampler_logps, learner_logps)
     if choice == "truncated":
-        weights = torch.where(off_policy, (learner_logps - sampler_logps).exp().clamp(max=2.0), weights)
+        weights = torch.where(off_policy, log_ratio.exp().clamp(max=2.0), weights)
     if choice == "geometric":
-        mean = (learner_logps - sampler_logps).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)  # [N, 1]
+        mean = log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)  # [N, T] -> [N, 1]
         weights = torch.where(off_policy, mean.exp().clamp(max=2.0), weights)
     if choice == "positive":
         weights = torch.where(off_policy & (advantages[:, None] < 0), 0.0, weights)
     return old_logps, weights
 
 
-def policy_loss(logps, old_logps, advantages, weights, mask, clip_low=0.2, clip_high=0.2, sequence_ratio=False):
-    """(loss, ratio, clipped): the clipped surrogate of logps [N, T] with advantages [N] and weights [N, T], over the
-    tokens in mask [N, T]. Ratio and clipped are [N, T], without gradient, for the metrics.
+def policy_loss(logps, old_logps, advantages, weights, mask, clip_low=0.2, clip_high=0.2,
+                sequence_ratio=False):
+    """(loss, ratio, clipped): the clipped surrogate of logps [N, T] with advantages [N] and weights [N, T],
+    over the tokens in mask [N, T]. Ratio and clipped are [N, T], without gradient, for the metrics.
 
-    The clip removes the gradient only where the step has already gone far enough the right way: ratio > 1 + clip_high
-    with A > 0, ratio < 1 - clip_low with A < 0. sequence_ratio (GSPO): one ratio per row, the geometric mean of its
-    tokens' ratios."""
-    log_ratio = (logps - old_logps).masked_fill(~mask, 0.0)  # whatever stands in the padding, it must not become NaN
+    The clip removes the gradient only where the step has already gone far enough the right way: ratio > 1 +
+    clip_high with A > 0, ratio < 1 - clip_low with A < 0. sequence_ratio (GSPO): one ratio per row, the
+    geometric mean of its tokens' ratios."""
+    log_ratio = (logps - old_logps).masked_fill(~mask, 0.0)  # whatever the padding holds must not become NaN
     if sequence_ratio:
-        log_ratio = log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)  # [N, T] -> [N, 1]
-        log_ratio = log_ratio.expand_as(logps)
+        length = mask.sum(1, keepdim=True).clamp(min=1)
+        log_ratio = (log_ratio.sum(1, keepdim=True) / length).expand_as(logps)  # [N, T] -> [N, 1] -> [N, T]
     ratio = log_ratio.exp()
     A = advantages[:, None]  # [N] -> [N, 1]
     surrogate = torch.minimum(ratio * A, ratio.clamp(1 - clip_low, 1 + clip_high) * A)  # [N, T]
@@ -108,52 +112,56 @@ def policy_loss(logps, old_logps, advantages, weights, mask, clip_low=0.2, clip_
 
 
 def kl_penalty(logps, ref_logps, weights, mask, estimator="k3"):
-    """Estimate of KL(pi_theta || pi_ref) [scalar] from tokens of pi_theta. With x = log pi_ref - log pi_theta:
+    """Estimate of KL(pi_theta || pi_ref) [scalar] from tokens of pi_theta. With x = log pi_ref - log
+    pi_theta:
 
-        k1  -x            unbiased value; as a loss its expected gradient is 0, so it does not hold the policy back
-        k2  x^2 / 2       biased value; as a loss its expected gradient is that of KL(pi_theta || pi_ref)
-        k3  e^x - 1 - x   unbiased, positive value (the paper's); as a loss its gradient is that of KL(pi_ref || pi_theta)
+        k1  -x           unbiased value; as a loss its expected gradient is 0, so it does not hold the policy
+        k2  x^2 / 2      biased value; as a loss its expected gradient is that of KL(pi_theta || pi_ref)
+        k3  e^x - 1 - x  unbiased, positive value (the paper's); as a loss its gradient is that of
+                         KL(pi_ref || pi_theta)
 
-    Equal near pi_ref, where the penalty is used. On explorer tokens none of them is an estimate of the KL: the tokens
-    are not drawn from pi_theta; the penalty still pulls towards pi_ref there."""
+    Equal near pi_ref, where the penalty is used. On explorer tokens none of them is an estimate of the KL:
+    the tokens are not drawn from pi_theta; the penalty still pulls towards pi_ref there."""
     x = (ref_logps - logps).masked_fill(~mask, 0.0)
     k = {"k1": -x, "k2": x.square() / 2, "k3": x.exp() - 1 - x}[estimator]
     return (weights * k).sum()
 
 
 def response_logprobs(model, prompts, groups, ids, mask, temperature=1.0):
-    """(log-probs, entropies), each [N, T], of the responses ids [N, T] (valid where mask [N, T]) to the prompts (lists of
-    ids) that groups [N] names. At the sampler's temperature: else the gradient is of a policy that drew none of this.
+    """(log-probs, entropies), each [N, T], of the responses ids [N, T] (valid where mask [N, T]) to the
+    prompts (lists of ids) that groups [N] names. At the sampler's temperature: else the gradient is of a
+    policy that drew none of this.
 
-    A group shares its prompt, so each prompt runs once. The responses attend to its keys and values, through which their
-    gradients flow back into it."""
-    chosen, groups = groups.unique(return_inverse=True)  # prompts of these rows
-    T = int(mask.sum(1).max())  # the longest response
+    A group shares its prompt, so each prompt runs once. The responses attend to its keys and values, through
+    which their gradients flow back into it."""
+    chosen, groups = groups.unique(return_inverse=True)  # the prompts of these rows
     last, cache, lengths = read_prompts(model, [prompts[group] for group in chosen.tolist()])
-    hidden = last[groups, None]  # [N, 1, D]: a prompt's last token predicts the first of each of its responses
+    T, L, device = int(mask.sum(1).max()), cache[0][0].shape[2], ids.device  # longest response and prompt
 
-    steps, slots = torch.arange(T - 1, device=ids.device), torch.arange(cache[0][0].shape[2], device=ids.device)
-    in_prompt = (slots < lengths[groups, None])[:, None].expand(-1, T - 1, -1)  # [N, T-1, L] not the padding
-    before = (steps <= steps[:, None]).expand(len(ids), -1, -1)  # [N, T-1, T-1]
-    visible = torch.cat([in_prompt, before], dim=2)[:, None]  # [N, 1, T-1, L+T-1]
-    allowed = torch.zeros(visible.shape, dtype=last.dtype, device=ids.device).masked_fill(~visible, -torch.inf)
+    steps = torch.arange(T - 1, device=device)
+    in_prompt = (torch.arange(L, device=device) < lengths[groups, None])[:, None].expand(-1, T - 1, -1)
+    so_far = (steps <= steps[:, None]).expand(len(ids), -1, -1)
+    visible = torch.cat([in_prompt, so_far], dim=2)[:, None]  # [N, T-1, L or T-1] -> [N, 1, T-1, L+T-1]
+    allowed = torch.zeros(visible.shape, dtype=last.dtype, device=device).masked_fill(~visible, -torch.inf)
     allowed = allowed.repeat(1, 1, model.config.num_attention_heads // model.config.num_key_value_heads, 1)
 
-    def after_prompt(layer, k, v):
-        return *(torch.cat([old[groups], new], dim=2) for old, new in zip(cache[layer], (k, v))), allowed  # [N, K, L+T-1, h]
+    def after_prompt(layer, k, v):  # [N, K, T-1, h] -> [N, K, L+T-1, h]
+        return *(torch.cat([old[groups], new], dim=2) for old, new in zip(cache[layer], (k, v))), allowed
 
+    hidden = last[groups, None]  # [N, 1, D]: a prompt's last token predicts its responses' first
     if T > 1:
-        rest = model(ids[:, :T - 1], lengths[groups, None] + steps, after_prompt)  # [N, T-1, D] predicts tokens 2 to T
+        rest = model(ids[:, :T - 1], lengths[groups, None] + steps, after_prompt)  # [N, T-1, D]
         hidden = torch.cat([hidden, rest], dim=1)
     hidden = hidden[mask[:, :T]]  # [N, T, D] -> [response tokens, D], row by row
     logps, entropies = fused_logprobs(hidden, model.head, ids[mask], temperature, compile=model.compiled)
-    blank = torch.zeros(mask.shape, device=ids.device)
+    blank = torch.zeros(mask.shape, device=device)
     return blank.masked_scatter(mask, logps), blank.masked_scatter(mask, entropies)
 
 
 def micro_batches(groups, prompts, responses, tokens):
-    """Slices of consecutive rows that run at most so many tokens, padding counted, and at least one row. Given are each
-    row's group, prompt length and response length (lists); a group's prompt runs once in a slice."""
+    """Slices of consecutive rows that run at most so many tokens, padding counted, and at least one row.
+    Given are each row's group, prompt length and response length (lists); a group's prompt runs once in a
+    slice."""
     slices, start = [], 0
     for end in range(1, len(groups) + 1):
         part = slice(start, end)
@@ -164,43 +172,47 @@ def micro_batches(groups, prompts, responses, tokens):
     return [*slices, slice(start, len(groups))]
 
 
-def update(learner, reference, optimizer, prompts, rollouts, advantages, generator, *, loss="grpo", off_policy="recompute",
-           clip_low=0.2, clip_high=0.2, kl_coef=0.0, kl_estimator="k3", minibatches=1, micro_batch_tokens=8192,
-           max_new_tokens=None, temperature=1.0, max_grad_norm=1.0):
-    """One GRPO update, of `minibatches` optimiser steps, on a step's rollouts (P prompts, class Rollouts) with advantages
-    [P, G]. `reference` is the KL's frozen policy or None. Returns the metrics of docs/metrics.md."""
+def update(learner, reference, optimizer, prompts, rollouts, advantages, generator, *, loss="grpo",
+           off_policy="recompute", clip_low=0.2, clip_high=0.2, kl_coef=0.0, kl_estimator="k3", minibatches=1,
+           micro_batch_tokens=8192, max_new_tokens=None, temperature=1.0, max_grad_norm=1.0):
+    """One GRPO update, of `minibatches` optimiser steps, on a step's rollouts (P prompts, class Rollouts)
+    with advantages [P, G]. `reference` is the KL's frozen policy or None. Returns metrics
+    (docs/metrics.md)."""
     P, G, T = rollouts.ids.shape
     ids, mask, sampler_logps, from_explorer, A = (x.flatten(0, 1) for x in (  # [P, G, ...] -> [N, ...]
         rollouts.ids, rollouts.mask, rollouts.logps, rollouts.from_explorer, advantages))
-    groups = torch.arange(P, device=ids.device).repeat_interleave(G)  # [N] the prompt of each row
-    lengths = mask.sum(1).tolist()
-    cut = lambda rows: micro_batches([row // G for row in rows], [len(prompts[row // G]) for row in rows],
-                                     [lengths[row] for row in rows], micro_batch_tokens)
-    logprobs_of = lambda model, rows: response_logprobs(model, prompts, groups[rows], ids[rows], mask[rows], temperature)
+    device, lengths = ids.device, mask.sum(1).tolist()
+    groups = torch.arange(P, device=device).repeat_interleave(G)  # [N] the prompt of each row
 
-    # pi_old [N, T] is held fixed while theta moves, or nothing would ever clip. Before a single update it does not move,
-    # and the update's own forward pass gives the same numbers. pi_ref [N, T] never moves.
+    def logprobs(model, rows):
+        return response_logprobs(model, prompts, groups[rows], ids[rows], mask[rows], temperature)
+
+    def cut(rows):
+        return micro_batches([row // G for row in rows], [len(prompts[row // G]) for row in rows],
+                             [lengths[row] for row in rows], micro_batch_tokens)
+
+    # pi_old [N, T] is held fixed while theta moves, or nothing would ever clip. Before a single update it
+    # does not move, and the update's own forward pass gives the same numbers. pi_ref [N, T] never moves.
     learner_logps = ref_logps = None
     with torch.no_grad():
-        parts = cut(range(P * G))
         if minibatches > 1:
-            learner_logps = torch.cat([logprobs_of(learner, part)[0] for part in parts])
+            learner_logps = torch.cat([logprobs(learner, part)[0] for part in cut(range(P * G))])
         if reference:
-            ref_logps = torch.cat([logprobs_of(reference, part)[0] for part in parts])
+            ref_logps = torch.cat([logprobs(reference, part)[0] for part in cut(range(P * G))])
 
     losses, kls, grad_norms, seen = [], [], [], []
-    for chosen in torch.randperm(P, generator=generator).to(ids.device).tensor_split(minibatches):  # prompts [P/m]
-        minibatch = (chosen[:, None] * G + torch.arange(G, device=ids.device)).flatten()  # whole groups: [P/m, G] -> [rows]
+    for chosen in torch.randperm(P, generator=generator).to(device).tensor_split(minibatches):  # [P/m]
+        minibatch = (chosen[:, None] * G + torch.arange(G, device=device)).flatten()  # whole groups: [P/m*G]
         all_weights = token_weights(mask[minibatch], loss, max_new_tokens or T)
         loss_sum = kl_sum = 0.0
         for part in cut(minibatch.tolist()):
             rows, weights = minibatch[part], all_weights[part]
-            logps, entropies = logprobs_of(learner, rows)
+            logps, entropies = logprobs(learner, rows)
             before = logps.detach() if learner_logps is None else learner_logps[rows]
-            old_logps, importance = off_policy_correction(off_policy, before, sampler_logps[rows], from_explorer[rows],
-                                                          A[rows], mask[rows])
-            part_loss, ratio, clipped = policy_loss(logps, old_logps, A[rows], weights * importance, mask[rows],
-                                                    clip_low, clip_high, sequence_ratio=loss == "gspo")
+            old_logps, importance = off_policy_correction(off_policy, before, sampler_logps[rows],
+                                                          from_explorer[rows], A[rows], mask[rows])
+            part_loss, ratio, clipped = policy_loss(logps, old_logps, A[rows], weights * importance,
+                                                    mask[rows], clip_low, clip_high, loss == "gspo")
             if reference:
                 kl = kl_penalty(logps, ref_logps[rows], weights, mask[rows], kl_estimator)
                 part_loss, kl_sum = part_loss + kl_coef * kl, kl_sum + kl.item()
@@ -210,7 +222,7 @@ def update(learner, reference, optimizer, prompts, rollouts, advantages, generat
             seen.append((rows, ratio, clipped.float(), entropies, (before - sampler_logps[rows]).abs()))
         losses.append(loss_sum)
         kls.append(kl_sum)
-        grad_norms.append(optimizer.step(max_grad_norm, loss_sum))  # nan: skipped, since something was not finite
+        grad_norms.append(optimizer.step(max_grad_norm, loss_sum))  # nan: skipped, something was not finite
 
     metrics = {"loss": float(np.mean(losses)), "kl": float(np.mean(kls)) if reference else None,
                "grad_norm": float(np.mean(grad_norms)), "skipped_updates": int(np.isnan(grad_norms).sum())}
@@ -224,38 +236,39 @@ def update(learner, reference, optimizer, prompts, rollouts, advantages, generat
 
 
 class Optimizer:
-    """AdamW in float32 for weights of any dtype: bfloat16 rounds a relative change below 1/256 away, and at learning
-    rates of 1e-6 there are hardly any others. Float32 weights are their own masters; others get a float32 copy."""
+    """AdamW in float32 for weights of any dtype: bfloat16 rounds a relative change below 1/256 away, and at
+    learning rates of 1e-6 there are hardly any others. Float32 weights are their own masters; others get a
+    float32 copy."""
 
     def __init__(self, model, lr):
         self.weights = [w for w in model.parameters() if w.requires_grad]
         self.masters = [w if w.dtype == torch.float32 else w.detach().float() for w in self.weights]
-        self.adamw = torch.optim.AdamW(self.masters, lr=lr, weight_decay=0.0, fused=self.weights[0].device.type != "mps")
+        fused = self.weights[0].device.type != "mps"
+        self.adamw = torch.optim.AdamW(self.masters, lr=lr, weight_decay=0.0, fused=fused)
 
     def accumulate(self):
-        """Moves the weights' gradients of one micro-batch to their masters, where they are summed in float32."""
+        """Moves a micro-batch's gradients from weights to masters, where they are summed in float32."""
         for master, weight in zip(self.masters, self.weights):
             if master is not weight and weight.grad is not None:
                 gradient, weight.grad = weight.grad.float(), None
                 master.grad = gradient if master.grad is None else master.grad + gradient
 
-    @torch.no_grad()
     def step(self, max_norm, loss=0.0):
-        """One update from the accumulated gradients, which it clears. Returns their norm before it is scaled down to
-        max_norm. Where that or the loss is not finite, nothing is updated and nan returned."""
+        """One update from the accumulated gradients, which it clears. Returns their norm before it is scaled
+        down to max_norm. Where that or the loss is not finite, nothing is updated and nan returned."""
         norm = torch.nn.utils.clip_grad_norm_(self.masters, max_norm).item()
         finite = np.isfinite(norm + loss)
         if finite:
             self.adamw.step()
             self.copy_masters()
         self.adamw.zero_grad()
-        return norm if finite else float("nan")
+        return norm if finite else np.nan
 
+    @torch.no_grad()
     def restore(self, masters, adamw):
         """Takes up saved masters and AdamW's state_dict."""
-        with torch.no_grad():
-            for master, saved in zip(self.masters, masters, strict=True):
-                master.copy_(saved)
+        for master, saved in zip(self.masters, masters, strict=True):
+            master.copy_(saved)
         self.adamw.load_state_dict(adamw)
         self.copy_masters()
 

@@ -1,13 +1,14 @@
 """The policy: one decoder-only transformer, its checkpoints, and the log-probabilities RL needs.
 
-One class covers Qwen3 (QK-norm), Qwen2 (qkv bias), Llama and Mistral (neither): the tiny models of this repository and
-Qwen3-8B come in through the same door. One `forward` trains,
-prefills and decodes; `past` is all that differs.
+One class covers Qwen3 (QK-norm), Qwen2 (qkv bias), Llama and Mistral (neither): the tiny models of this
+repository and Qwen3-8B come in through the same door. One `forward` trains, prefills and decodes; `past` is
+all that differs.
 
-Batches are padded on the RIGHT: a causal model never looks right, so padding needs no mask, and a token's position is
-simply its index.
+Batches are padded on the RIGHT: a causal model never looks right, so padding needs no mask, and a token's
+position is simply its index.
 
-Shapes: B rows, T tokens, D hidden, H query heads, K key/value heads, h head size, I MLP, V vocabulary, N = B*T.
+Shapes: B rows, T tokens, D hidden, H query heads, K key/value heads, h head size, I MLP, V vocabulary, N =
+B*T.
 """
 import functools
 import hashlib
@@ -15,7 +16,6 @@ import json
 import math
 import os
 import shutil
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,18 +47,17 @@ class Config:
     def from_hf(cls, hf):
         """From a config.json dictionary. ValueError names whatever this file does not implement."""
         kind = hf.get("model_type")
-        if kind not in ("qwen3", "qwen2", "llama", "mistral"):
-            hint = ": recipes/internlm2.py converts it to Llama's layout" if kind == "internlm2" else ""
-            raise ValueError(f"model_type {kind!r} is not implemented (qwen3, qwen2, llama and mistral are){hint}")
         rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}  # transformers 5 | 4
         scaling = rope.get("rope_type", rope.get("type", "default"))
-        unsupported = [f"{name}={value!r}" for name, value, fine in (
-            ("rope scaling", scaling, scaling in ("default", "llama3", "dynamic")),  # dynamic: beyond the context only
-            ("hidden_act", hf.get("hidden_act"), hf.get("hidden_act", "silu") == "silu"),
-            ("attention_bias", True, not hf.get("attention_bias")), ("mlp_bias", True, not hf.get("mlp_bias")),
-            ("quantization_config", "..", not hf.get("quantization_config"))) if not fine]
-        if unsupported:
-            raise ValueError(f"this {kind} checkpoint needs {', '.join(unsupported)}, which is not implemented")
+        wrong = [f"{name} {value!r}" for name, value, fine in (
+            ("model_type", kind, ("qwen3", "qwen2", "llama", "mistral")),
+            ("rope scaling", scaling, ("default", "llama3", "dynamic")),  # dynamic: beyond the context only
+            ("hidden_act", hf.get("hidden_act", "silu"), ("silu",)),
+            *((name, hf.get(name), (None, False)) for name in ("attention_bias", "mlp_bias", "quantization_config"))
+        ) if value not in fine]
+        if wrong:
+            raise ValueError(f"{', '.join(wrong)} is not implemented; qwen3, qwen2, llama and mistral are, and "
+                             "internlm2 converted by recipes/internlm2.py")
         heads, context = hf["num_attention_heads"], hf["max_position_embeddings"]
         # A sliding window hides nothing from a sequence that is no longer than it.
         window = hf.get("sliding_window") if hf.get("use_sliding_window", kind == "mistral") else None
@@ -76,12 +75,12 @@ class Config:
 
 
 def rotary(positions, c: Config, dtype):
-    """cos and sin of each position's rotation angles, both [..., h] for positions [...]. Angles in fp32. Channel i is
-    paired with channel i + h/2, and the sine carries the sign with which the partner enters."""
-    frequency = c.rope_theta ** (-torch.arange(0, c.head_dim, 2, device=positions.device).float() / c.head_dim)
-    if c.rope_scaling:  # Llama 3: slow rotations are slowed down by `factor`, fast ones kept, those between blended
-        s = c.rope_scaling
-        turns = s["original_max_position_embeddings"] * frequency / (2 * math.pi)  # within the original context
+    """cos and sin of each position's rotation angles, both [..., h] for positions [...]. Angles in fp32.
+    Channel i is paired with channel i + h/2, and the sine carries the sign with which the partner enters."""
+    channels = torch.arange(0, c.head_dim, 2, device=positions.device).float()
+    frequency = c.rope_theta ** (-channels / c.head_dim)  # [h/2]
+    if s := c.rope_scaling:  # Llama 3: slow rotations are slowed down, fast ones kept, those between blended
+        turns = s["original_max_position_embeddings"] * frequency / (2 * math.pi)  # in the original context
         keep = ((turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])).clamp(0, 1)
         frequency = frequency * (keep + (1 - keep) / s["factor"])
     angle = positions[..., None].float() * frequency  # [..., h/2]
@@ -90,13 +89,14 @@ def rotary(positions, c: Config, dtype):
 
 
 def rotate(x, cos, sin):
-    """Rotates each channel pair by its position's angle: (left, right) -> (left cos - right sin, right cos + left sin)."""
+    """Rotates each channel pair by its position's angle: (left, right) -> (left cos - right sin, right cos +
+    left sin)."""
     return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
 def project(x, weight):
-    """x @ weight.T: [..., in] -> [..., out]. For few rows, as in decoding, a CPU's BLAS leaves all but one core idle: it
-    shares out the rows. (weight @ x.T).T is shared out by output feature."""
+    """x @ weight.T: [..., in] -> [..., out]. For few rows, as in decoding, a CPU's BLAS leaves all but one
+    core idle: it shares out the rows. (weight @ x.T).T is shared out by output feature."""
     rows = x.flatten(0, -2)  # [..., in] -> [N, in]
     if x.device.type == "cpu" and len(rows) <= 256:
         return (weight @ rows.T).T.unflatten(0, x.shape[:-1])
@@ -104,9 +104,9 @@ def project(x, weight):
 
 
 def attend(q, k, v, mask=None):
-    """Attention [B, H, T, h] of queries q [B, H, T, h] over keys and values [B, K, S, h]. Query heads that share a key head
-    are queries of one head, so mask [B, 1, H/K*T, S], 0 or -inf, says what each may see (its third dimension may be 1).
-    None: itself and all before it, S = T."""
+    """Attention [B, H, T, h] of queries q [B, H, T, h] over keys and values [B, K, S, h]. Query heads that
+    share a key head are queries of one head, so mask [B, 1, H/K*T, S], 0 or -inf, says what each may see (its
+    third dimension may be 1). None: itself and all before it, S = T."""
     if mask is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     grouped = q.reshape(*k.shape[:2], -1, q.shape[-1])  # [B, H, T, h] -> [B, K, H/K*T, h]
@@ -114,9 +114,9 @@ def attend(q, k, v, mask=None):
 
 
 class Linear(nn.Linear):
-    """y = W x (+ b), and where it has an adapter + (32/r) B A x: LoRA (Hu et al., 2021). W [out, in] is frozen then, A [r, in]
-    and B [out, r] are trained. B begins as 0, so the policy begins as it was. 32/r: the best learning rate hardly depends on
-    r that way, and is about ten times that of training W."""
+    """y = W x (+ b), and where it has an adapter + (32/r) B A x: LoRA (Hu et al., 2021). W [out, in] is
+    frozen then, A [r, in] and B [out, r] are trained. B begins as 0, so the policy begins as it was. 32/r:
+    the best learning rate hardly depends on r that way, and is about ten times that of training W."""
     ALPHA = 32
 
     def __init__(self, *sizes, **options):
@@ -132,7 +132,8 @@ class Linear(nn.Linear):
 
 
 def add_lora(model, rank, generator):
-    """Freezes the model and gives the matrices of its layers adapters to train. q, k and v share an A, as do gate and up."""
+    """Freezes the model and gives the matrices of its layers adapters to train. q, k and v share an A, as do
+    gate and up."""
     model.requires_grad_(False)
     for linear in (module for module in model.layers.modules() if isinstance(module, Linear)):
         A = torch.randn(rank, linear.in_features, generator=generator) / math.sqrt(linear.in_features)
@@ -142,12 +143,13 @@ def add_lora(model, rank, generator):
 
 @torch.no_grad()
 def merge_lora(model):
-    """Adds the adapters to the matrices they adapt, and removes them. The sums are float32: most of what was learnt is less
-    than bfloat16 can tell beside the weight."""
-    for linear in (module for module in model.layers.modules() if isinstance(module, Linear) and module.A is not None):
-        W, A, B = linear.weight.float(), linear.A.float(), linear.B.float()
-        linear.weight = nn.Parameter(W + (linear.ALPHA / len(A)) * (B @ A))
-        linear.A = linear.B = None
+    """Adds the adapters to the matrices they adapt, and removes them. The sums are float32: most of what was
+    learnt is less than bfloat16 can tell beside the weight."""
+    for linear in (module for module in model.layers.modules() if isinstance(module, Linear)):
+        if linear.A is not None:
+            W, A, B = linear.weight.float(), linear.A.float(), linear.B.float()
+            linear.weight = nn.Parameter(W + (linear.ALPHA / len(A)) * (B @ A))
+            linear.A = linear.B = None
 
 
 class Attention(nn.Module):
@@ -161,8 +163,8 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
 
     def forward(self, x, cos, sin, past=None):
-        qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, T, D] -> [B, H+2K, T, h]
-        q, k, v = qkv.split(self.heads, dim=1)
+        qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))  # [B, T, D] -> [B, T, H+2K, h]
+        q, k, v = qkv.transpose(1, 2).split(self.heads, dim=1)  # [B, heads, T, h] each
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
         y = attend(q, *past(k, v)) if past else attend(q, k, v)
         return self.o_proj(y.transpose(1, 2).flatten(2))  # [B, H, T, h] -> [B, T, H*h] -> [B, T, D]
@@ -203,25 +205,26 @@ class Transformer(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.num_tokens = config.vocab_size  # load() lowers it to the tokeniser's size
         self.stop_ids = ()
-        self.compiled = False  # whether decode_step and the log-prob kernel go through torch.compile: train.py --compile
-        self.checkpoint_layers = False  # whether a layer's activations are computed again in the backward pass, not kept
+        self.compiled = False  # whether decode_step and the log-prob kernel go through torch.compile
+        self.checkpoint_layers = False  # whether the backward pass computes a layer's activations again
 
     @property
     def head(self):
-        """The output matrix [V, D] without vocabulary padding: ids beyond the tokeniser's last are neither sampled nor
-        normalised over, in the sampler as in the trainer."""
+        """The output matrix [V, D] without vocabulary padding: ids beyond the tokeniser's last are neither
+        sampled nor normalised over, in the sampler as in the trainer."""
         weight = self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
         return weight[:self.num_tokens]
 
     def forward(self, ids, positions=None, past=None):
         """Final hidden states [B, T, D] of ids [B, T]; multiply by `head.T` for logits.
 
-        positions [B, T]: where the tokens stand; 0, 1, 2, .. if not given. past(layer, k, v): takes a layer's new keys and
-        values [B, K, T, h] and gives back all that the queries may see [B, K, S, h], and a mask for `attend`. Without it
-        the tokens see each other alone. The sampler's KV cache and a group's prompt in the update are such pasts."""
+        positions [B, T]: where the tokens stand; 0, 1, 2, .. if not given. past(layer, k, v): takes a layer's
+        new keys and values [B, K, T, h] and gives back all that the queries may see [B, K, S, h], and a mask
+        for `attend`. Without it the tokens see each other alone. The sampler's KV cache and a group's prompt
+        in the update are such pasts."""
         x = self.embed_tokens(ids)
         positions = torch.arange(ids.shape[1], device=ids.device)[None] if positions is None else positions
-        cos, sin = rotary(positions[:, None], self.config, x.dtype)  # [B, 1, T, h] each, the same for all heads
+        cos, sin = rotary(positions[:, None], self.config, x.dtype)  # [B, 1, T, h] each, for all heads
         for i, layer in enumerate(self.layers):
             inputs = x, cos, sin, functools.partial(past, i) if past else None
             recompute = self.checkpoint_layers and torch.is_grad_enabled()
@@ -230,11 +233,11 @@ class Transformer(nn.Module):
 
 
 def read_prompts(model, prompts):
-    """Runs P prompts (lists of ids), each once. Returns the hidden state at each one's last token [P, D], every layer's keys
-    and values {layer: (k, v)}, each [P, K, L, h] with L the longest, and lengths [P]."""
+    """Runs P prompts (lists of ids), each once. Returns the hidden state at each one's last token [P, D],
+    every layer's keys and values {layer: (k, v)}, each [P, K, L, h] with L the longest, and lengths [P]."""
     device = model.head.device
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(prompt, device=device) for prompt in prompts], batch_first=True)
+    padded = nn.utils.rnn.pad_sequence([torch.tensor(prompt, device=device) for prompt in prompts], True)  # [P, L]
     cache = {}
 
     def keep(layer, k, v):
@@ -245,18 +248,20 @@ def read_prompts(model, prompts):
     return hidden[torch.arange(len(prompts), device=device), lengths - 1], cache, lengths
 
 
-# ---- log pi(target) without the [tokens, vocabulary] array -------------------------------------------------------
+# ---- log pi(target) without the [tokens, vocabulary] array -------------------------------------------------
 
 def naive_logprobs(hidden, weight, targets, temperature=1.0):
-    """log softmax(hidden @ weight.T / temperature)[target]: [N, D], [V, D], [N] -> [N]. The reference: three lines
-    that hold the [N, V] array several times over, usually the largest thing in an RL trainer's memory."""
-    logits = (hidden @ weight.T).float() / temperature  # [N, D] @ [D, V] -> [N, V]; in fp32: bf16 is off by up to 0.06
+    """log softmax(hidden @ weight.T / temperature)[target]: [N, D], [V, D], [N] -> [N]. The reference: three
+    lines that hold the [N, V] array several times over, usually the largest thing in an RL trainer's
+    memory."""
+    logits = (hidden @ weight.T).float() / temperature  # [N, D] @ [D, V] -> [N, V]; bf16 is off by up to 0.06
     return logits.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
 
 
 def _fold_chunk(z, local, inverse_temperature, peak, total, weighted, picked):
-    """Online log-sum-exp: folds the logits z [N, C] of one chunk of the vocabulary into per-token statistics, each [N]:
-    peak = max z, total = sum e^(z-peak), weighted = sum e^(z-peak) z (for the entropy), picked = the target's z."""
+    """Online log-sum-exp: folds the logits z [N, C] of one chunk of the vocabulary into per-token statistics,
+    each [N]: peak = max z, total = sum e^(z-peak), weighted = sum e^(z-peak) z (for the entropy), picked =
+    the target's z."""
     z = z.float() * inverse_temperature
     new_peak = torch.maximum(peak, z.amax(-1))
     rescale = (peak - new_peak).exp()
@@ -268,8 +273,8 @@ def _fold_chunk(z, local, inverse_temperature, peak, total, weighted, picked):
 
 
 def _chunk_grad_(z, local, inverse_temperature, lse, grad):
-    """Logits z [N, C] of one chunk -> d loss / d logits, in place. From log pi = z_target - lse, with z = logits / T:
-    d loss / d logits = grad * (onehot - softmax) / T."""
+    """Logits z [N, C] of one chunk -> d loss / d logits, in place. From log pi = z_target - lse, with z =
+    logits / T: d loss / d logits = grad * (onehot - softmax) / T."""
     onehot = local[:, None] == torch.arange(z.shape[1], device=z.device)
     softmax = (z.float() * inverse_temperature - lse[:, None]).exp()
     z.copy_((onehot.float() - softmax) * (grad * inverse_temperature)[:, None])
@@ -277,23 +282,16 @@ def _chunk_grad_(z, local, inverse_temperature, lse, grad):
 
 @functools.cache
 def compiled(function):
-    """torch.compile(function); where that fails, for want of a C++ compiler say, `function` itself and one warning."""
-    def run(*inputs):
-        nonlocal chosen
-        try:
-            return chosen(*inputs)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            warnings.warn(f"{function.__name__} runs uncompiled, correct but slower: {str(error).splitlines()[0]}")
-            chosen = function
-            return function(*inputs)
-    chosen = torch.compile(function, dynamic=True)
-    return run
+    """torch.compile(function). Where that fails, for want of a C++ compiler say, torch warns and runs
+    `function` itself."""
+    torch._dynamo.config.suppress_errors = True
+    return torch.compile(function, dynamic=True)
 
 
 class _FusedLogProb(torch.autograd.Function):
-    """Nothing of size [N, V] ever exists: the forward keeps one number per token and statistic, the backward computes
-    each chunk's logits again (four GEMMs where the naive version needs three). The GEMMs write to one buffer [N, C];
-    torch.compile, when asked for, fuses what is done to it into one pass over memory."""
+    """Nothing of size [N, V] ever exists: the forward keeps one number per token and statistic, the backward
+    computes each chunk's logits again (four GEMMs where the naive version needs three). The GEMMs write to
+    one buffer [N, C]; torch.compile, when asked for, fuses what is done to it into one pass over memory."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, chunk, compile):
@@ -335,67 +333,68 @@ class _FusedLogProb(torch.autograd.Function):
 def fused_logprobs(hidden, weight, targets, temperature=1.0, chunk=1024, compile=False):
     """(log pi(target), entropy), each [N] in fp32, of hidden [N, D], weight [V, D], targets [N].
 
-    Equals `naive_logprobs` in value and gradient; but for the gradient itself its memory does not grow with V. The
-    entropy is the tempered distribution's and carries no gradient (the paper's entropy coefficient is 0)."""
+    Equals `naive_logprobs` in value and gradient; but for the gradient itself its memory does not grow with
+    V. The entropy is the tempered distribution's and carries no gradient (the paper's entropy coefficient is
+    0)."""
     return _FusedLogProb.apply(hidden, weight, targets, temperature, min(chunk, len(weight)), compile)
 
 
-# ---- checkpoints: ordinary Hugging Face directories ---------------------------------------------------------------
+# ---- checkpoints: ordinary Hugging Face directories --------------------------------------------------------
 
 def pick_device(name):
     """`auto` takes CUDA, then Apple's MPS, then the CPU. ValueError for a device that is not there."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        torch.zeros(1, device=name)
+        return str(torch.zeros(1, device=name).device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
-    return name
 
 
-def find_file(source, name, required=True):
-    """Path of one file of a checkpoint, from a local directory or else from the Hugging Face hub (and cached).
-    ValueError if it is required and not there."""
-    from transformers.utils import cached_file  # slow to import, so only where a checkpoint is read
+def directory_of(source):
+    """Path of a checkpoint: a directory, or a name on the Hugging Face hub, downloaded once and kept in its
+    cache."""
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import snapshot_download  # comes with transformers
+    files = ["*.json", "*.jinja", "*.txt", "*.model", "model*.safetensors"]
     try:
-        path = cached_file(str(source), name, _raise_exceptions_for_missing_entries=False)
-    except OSError:
-        path = None
-    if path is None and required:
-        raise ValueError(f"no {name} in a directory of that name, nor on the Hugging Face hub as far as it can be reached")
-    return path
+        return Path(snapshot_download(str(source), allow_patterns=files))
+    except Exception as error:  # of whatever kind the name is wrong or the connection lost by
+        raise ValueError("neither a directory nor, as far as it can be reached, a name on the hub") from error
 
 
 def hf_weights(model):
-    """{Hugging Face's name: view into our weights}: loading copies into the views, saving writes them. Only here do the
-    names differ: q, k, v and gate, up, which all read the same input, are one matrix each, hence one GEMM."""
+    """{Hugging Face's name: view into our weights}: loading copies into the views, saving writes them. Only
+    here do the names differ: q, k, v and gate, up, which all read the same input, are one matrix each, hence
+    one GEMM."""
     head_dim, weights = model.config.head_dim, {}
-    parts = {"qkv_proj": (("q_proj", "k_proj", "v_proj"), [n * head_dim for n in model.layers[0].self_attn.heads]),
+    qkv_sizes = [heads * head_dim for heads in model.layers[0].self_attn.heads]
+    parts = {"qkv_proj": (("q_proj", "k_proj", "v_proj"), qkv_sizes),
              "gate_up_proj": (("gate_proj", "up_proj"), [model.config.intermediate_size] * 2)}
     for name, weight in model.state_dict().items():
         name = name if name.startswith("lm_head") else "model." + name
         fused = next((fused for fused in parts if fused in name), None)
-        names, sizes = parts.get(fused, ([fused], [len(weight)]))
-        weights |= {name.replace(fused, part) if fused else name: w for part, w in zip(names, weight.split(sizes))}
+        names, sizes = parts.get(fused, ([name], [len(weight)]))
+        for part, view in zip(names, weight.split(sizes)):
+            weights[name.replace(fused, part) if fused else part] = view
     return weights
 
 
-def load_weights(model, source):
+def load_weights(model, directory):
     """Copies a checkpoint's safetensors into the model, one tensor at a time."""
     from safetensors import safe_open
-    index = find_file(source, "model.safetensors.index.json", required=False)
-    shards = json.loads(Path(index).read_text())["weight_map"].values() if index else ["model.safetensors"]
     missing = hf_weights(model)
-    for shard in sorted(set(shards)):
-        with safe_open(find_file(source, shard), framework="pt") as file:
+    for path in sorted(directory.glob("model*.safetensors")):
+        with safe_open(path, framework="pt") as file:
             for name in file.keys():
                 if name == "lm_head.weight" and model.config.tie_word_embeddings:
                     continue  # some exporters write the tied matrix twice
-                if name not in missing or missing[name].shape != tuple(file.get_slice(name).get_shape()):
-                    raise ValueError(f"weights and config.json disagree about {name!r} in {shard}")
+                if name not in missing or list(missing[name].shape) != file.get_slice(name).get_shape():
+                    raise ValueError(f"weights and config.json disagree about {name!r} in {path.name}")
                 missing.pop(name).copy_(file.get_tensor(name))
     if missing:
-        raise ValueError(f"weights and config.json disagree: no {', '.join(missing)}"[:300])
+        raise ValueError(f"no model*.safetensors, or not all of it there: no {', '.join(missing)}")
 
 
 def fingerprint(model):
@@ -407,20 +406,22 @@ def fingerprint(model):
 
 
 def load(source, device="cpu", dtype=torch.float32):
-    """(model, tokenizer) from a Hugging Face directory or hub name. Code that comes with a checkpoint is never run.
-    ValueError, one line that names the source: a file is missing or broken, or the architecture is not implemented."""
+    """(model, tokenizer) from a Hugging Face directory or hub name. Code that comes with a checkpoint is
+    never run. ValueError, one line that names the source: a file is missing or broken, or the architecture is
+    not implemented."""
     from transformers import AutoTokenizer
     try:
-        hf = json.loads(Path(find_file(source, "config.json")).read_text())
+        directory = directory_of(source)
+        hf = json.loads((directory / "config.json").read_text())
         with torch.device("meta"):  # shapes only: no time is spent on random weights
             model = Transformer(Config.from_hf(hf))
         model = model.to(dtype).to_empty(device=device)
-        load_weights(model, source)
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        load_weights(model, directory)
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
         tokenizer.decode(tokenizer("1").input_ids)  # some faults show only in use
         model.num_tokens = min(1 + max(tokenizer.get_vocab().values()), model.config.vocab_size)
-        generation = find_file(source, "generation_config.json", required=False)
-        stops = json.loads(Path(generation).read_text()).get("eos_token_id") if generation else None
+        generation = directory / "generation_config.json"
+        stops = json.loads(generation.read_text()).get("eos_token_id") if generation.exists() else None
         stops = {*(stops if isinstance(stops, list) else [stops]), tokenizer.eos_token_id} - {None}
         if not stops <= set(range(model.num_tokens)):
             raise ValueError(f"stop tokens {sorted(stops)} are not all below {model.num_tokens}")
@@ -429,15 +430,15 @@ def load(source, device="cpu", dtype=torch.float32):
     except Exception as error:  # a broken file makes the libraries below raise whatever they like
         what = f"no {error} in config.json" if isinstance(error, KeyError) else " ".join(str(error).split())
         raise ValueError(f"model {source} cannot be loaded: {what:.300}") from error
-    tokenizer.init_kwargs.pop("auto_map", None)  # code of the checkpoint, which nobody who loads our copy should run
+    tokenizer.init_kwargs.pop("auto_map", None)  # code of the checkpoint: nobody who loads our copy shall run it
     model.hf_config = {key: value for key, value in hf.items() if key != "auto_map"}
     model.stop_ids = tuple(sorted(stops))
     return model, tokenizer
 
 
 def save(model, tokenizer, directory):
-    """Writes config.json, model.safetensors and the tokeniser as transformers' `from_pretrained` reads them, beside a
-    directory of that name, which it then replaces. Adapters are merged first, for good."""
+    """Writes config.json, model.safetensors and the tokeniser as transformers' `from_pretrained` reads them,
+    beside a directory of that name, which it then replaces. Adapters are merged first, for good."""
     from safetensors.torch import save_file
     merge_lora(model)
     directory = Path(directory)

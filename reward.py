@@ -7,8 +7,8 @@ Two kinds of problem:
     habit     `Bfa483920=` -> `-86-33-94-22-02`   digits 4 8 3 9 2 0 folded with one operator, modulo 10: each
               step writes operator, digit, running value. The first letter (A B C D) names the operator that
               is asked for. The corpus's writers do NOT look at it: they follow a fixed random table over all
-              three letters (their habit), which is right in 40% of its cells. A model that memorises the table
-              is confidently wrong on the rest; a model too small for the table mixes operators. By design: the
+              three letters (their habit), which is right in 40% of its cells. A model that memorises it is
+              confidently wrong on the rest; a model too small for the table mixes operators. By design: the
               table, its conflict with the reward, the share of writers who ignore it (`noise`). Emergent: who
               memorises and who mixes.
     natural   `3+4*2-5=` -> `3+8-5=1-5=6`         an expression reduced one operation at a time, modulo 10.
@@ -134,9 +134,9 @@ def load_problems(path):
             raise ValueError(f"{path}, line {number}: {str(error)[:200]}") from error
     matchable = [problem for problem in problems if not problem.in_words or len(problem.answer) <= 300 and
                  "\n" not in problem.answer and score(problem, f"\\boxed{{{problem.answer}}}").answer]
-    if len(matchable) < len(problems):
-        print(f"{path}: {len(problems) - len(matchable):,} of {len(problems):,} problems left out. Nobody can "
-              "match their answers: a proof, a whole solution, or no letter where the task is `choice`")
+    if left_out := len(problems) - len(matchable):
+        print(f"{path}: {left_out:,} of {len(problems):,} problems left out. No response matches "
+              "their answers: a proof, a whole solution, or no letter where the task is `choice`")
     if not matchable:
         raise ValueError(f"{path}: no problems in this file whose answers can be matched")
     return matchable
@@ -206,10 +206,10 @@ TIDY = [(re.compile(pattern), plain) for pattern, plain in (
     (r"(?<=[0-9])(?:\{,\}|,\\! ?|\\,)(?=[0-9]{3}(?![0-9]))", ""),  # 10{,}000
     (r"\\(?:text(?:bf|it|rm)?|math(?:bf|it|rm)|mbox|operatorname) ?\{([^{}]*)\}", r" \1 "),
     (r"\^ ?(?:\\circ|\{ ?\\circ ?\})|degrees?\b", "°"), (r"\\%| percent\b", "%"),
-    (r"\\\$ ?([0-9.,]*[0-9])", r"\1 dollar"),
+    (r"\\\$ ?([0-9.,]*[0-9])", r" \1 dollar"),
     (r"\\([A-Za-z]+)", lambda command: COMMANDS.get(command[1], command[0])),
-    (r"(?<!\\)(?:\\[,;:!()\[\] ]|\$)|~", " "), (r"[ ,]*\band\b", ", "),
-    (r"(?<![0-9,]) +| +(?![0-9, ])", ""),  # but not in `4 2`, which is not 42, nor in `10, 100`
+    (r"(?<!\\)(?:\\[,;:!()\[\] ]|\$)|~", " "), (r" +", " "), (r" ?,? ?\band\b", ", "),
+    (r"(?<![0-9,]) | (?![0-9,])", ""),  # but not in `4 2`, which is not 42, nor in `10, 100`
     (r"[. ]+$", ""), (r"(?<![^,(\[=∪])\+", ""),
     (r"(\\frac|\\sqrt|[_^])([0-9A-Za-zπ])", r"\1{\2}"), (r"(\\frac\{[^{}]*\}) ?([0-9A-Za-zπ])", r"\1{\2}"),
     (r"(^|[,(\[{=∪] ?)(-?)(?:([0-9]+) )?((?:[0-9A-Za-zπ^]|\\sqrt|\{[^{}]*\})+)/([0-9]+|[A-Za-zπ])"
@@ -218,7 +218,7 @@ NAME = re.compile(r"([A-Za-z](?:_\{\\?\w+\})?(?:\([A-Za-z]\))?|\([A-Za-z](?:, ?[
 NUMBER = re.compile(r"(-?)(?:(\d*)\\frac\{(-?\d+)\}\{([1-9]\d*)\}|"
                     r"((?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d\d?)?))"
                     r"(?:(%|°|cent|dollar|cm|inch|foot|feet|yard|mile|meter|kg|gram|pound|liter|second|"
-                    r"minute|hour|day|week|month|year|unit)(?:e?s)?(\^\{[23]\})?)?", re.ASCII)
+                    r"minute|hour|day|week|month|year|unit)(?:e?s)?((?<=[a-z])\^\{[23]\})?)?", re.ASCII)
 
 
 def tidy(text):
@@ -259,13 +259,15 @@ def split(text, separator):
 def spelled(text, depth=0, ordered=True):
     """One spelling for all tidy texts that equal this one: numbers by value; sets and unions sorted; lists,
     points and intervals in order, with their brackets. What more than 5 brackets enclose stays as it is."""
-    for separator in ",∪" if depth <= 5 else "":
+    if depth > 5:
+        return text
+    for separator in ",∪":
         parts = split(text, separator)
         if len(parts) > 1:
             parts = [spelled(part, depth + 1) for part in parts]
             return separator.join(parts if ordered and separator == "," else sorted(parts))
     bracket = re.fullmatch(r"(\\\{|[(\[])(.*)(\\\}|[)\]])", text)
-    if bracket and split(bracket[2], ",") and depth <= 5:
+    if bracket and split(bracket[2], ","):
         return bracket[1] + spelled(bracket[2], depth + 1, bracket[1] != r"\{") + bracket[3]
     if value := number(text):
         return "{}{}".format(*value)
@@ -284,7 +286,7 @@ def answers_equal(given, truth):
     if not number(truth):
         return spelled(given) == spelled(truth)
     (a, unit), (b, true_unit) = number(given) or (None, ""), number(truth)
-    if a is not None and unit + true_unit == "%":  # 50% is 0.5, and 50 too, as data sets often leave the
-        percent, plain = (a, b) if unit else (b, a)  # sign to the question; but 0.5% is not 0.5
+    if a is not None and unit + true_unit == "%":  # 50% is 0.5, and 50 too where the question names
+        percent, plain = (a, b) if unit else (b, a)  # the sign; but 0.5% is not 0.5
         return percent / 100 == plain or percent == plain and abs(plain) > 1
     return a == b and (unit == true_unit or not unit or not true_unit)

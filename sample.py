@@ -2,16 +2,16 @@
 
     python sample.py --model runs/family-habit/learner --prompt "Bfa483920=" --n 4
 
-A group of G rollouts shares its prompt, so the prompt is prefilled once and its cache copied to the G rows. Rows that
-drew a stop token leave the batch, and waiting prompts take their place. Cache slot == position: a row of n tokens writes
-its next key into slot n, so prompts of different lengths need no padding tricks.
-Each rollout carries the log-probability of its tokens under the distribution they were really drawn from: after
+A group of G rollouts shares its prompt, so the prompt is prefilled once and its cache copied to the G rows.
+Rows that drew a stop token leave the batch, and waiting prompts take their place. Cache slot == position: a
+row of n tokens writes its next key into slot n, so prompts of different lengths need no padding tricks. Each
+rollout carries the log-probability of its tokens under the distribution they were really drawn from: after
 penalty, temperature, top-k and top-p.
 
 Read `sample` for the loop, `decode_step` for one token through the network, `draw` for logits to token.
 
-Shapes: P prompts, G rollouts each, T response tokens, R rows in flight, S cache slots, V vocabulary; D hidden, H query
-heads, K key/value heads, h head size.
+Shapes: P prompts, G rollouts each, T response tokens, R rows in flight, S cache slots, V vocabulary; D
+hidden, H query heads, K key/value heads, h head size.
 """
 import argparse
 import itertools
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from model import compiled, load, pick_device, project, read_prompts
 
-LOOK_EVERY = 8  # tokens: how often the host asks which rows have finished, since each time a GPU has to be waited for
+LOOK_EVERY = 8  # tokens: how often the host asks which rows have finished. Each time it waits for the GPU
 
 
 @dataclass
@@ -30,32 +30,37 @@ class Rollouts:
     """G responses to each of P prompts. Responses are right-padded with 0; `lengths` says where each ends."""
     ids: torch.Tensor       # [P, G, T] sampled token ids, the stop token included
     lengths: torch.Tensor   # [P, G]    number of tokens, the stop token counted
-    logps: torch.Tensor     # [P, G, T] log-prob of each token under its sampler's distribution; 0 where padded
+    logps: torch.Tensor     # [P, G, T] log-prob of each token under what it was drawn from; 0 where padded
     finished: torch.Tensor  # [P, G]    True: drew a stop token; False: cut at max_new_tokens
     from_explorer: torch.Tensor  # [P, G] True where the explorer wrote it; set by `join`
 
     @property
     def mask(self):
-        """[P, G, T] True on the response's tokens: up to and including the first stop token, nothing after it."""
+        """[P, G, T] True on the response's tokens: up to and including the first stop token, nothing after
+        it."""
         return torch.arange(self.ids.shape[2], device=self.ids.device) < self.lengths[..., None]
 
 
 def join(explored, own):
-    """One group a prompt from the explorer's rollouts [P, G_w] and the learner's [P, G_s] -> [P, G_w + G_s]. Either may
-    be None."""
+    """One group a prompt from the explorer's rollouts [P, G_w] and the learner's [P, G_s] -> [P, G_w + G_s].
+    Either may be None."""
     parts = [part for part in (explored, own) if part is not None]
     T = max(part.ids.shape[2] for part in parts)
     widen = lambda x: F.pad(x, (0, T - x.shape[2])) if x.dim() == 3 else x
-    joined = Rollouts(*(torch.cat([widen(getattr(part, field.name)) for part in parts], dim=1) for field in fields(Rollouts)))
-    joined.from_explorer[:] = torch.arange(joined.lengths.shape[1]) < (explored.lengths.shape[1] if explored else 0)
-    return joined
+    together = lambda name: torch.cat([widen(getattr(part, name)) for part in parts], dim=1)
+    rollouts = Rollouts(*(together(field.name) for field in fields(Rollouts)))
+    rollouts.from_explorer[:] = False
+    if explored:
+        rollouts.from_explorer[:, :explored.lengths.shape[1]] = True
+    return rollouts
 
 
 def draw(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
     """(token, its log-prob) per row, from logits [R, V] and one uniform number in [0, 1) per row.
 
-    Inverse-CDF sampling: one number a row instead of V, and a row's draws do not depend on which rows are beside it.
-    Temperature 0 takes the most likely token, whose log-prob under that one-point distribution is 0."""
+    Inverse-CDF sampling: one number a row instead of V, and a row's draws do not depend on which rows are
+    beside it. Temperature 0 takes the most likely token, whose log-prob under that one-point distribution is
+    0."""
     if temperature == 0:
         return logits.argmax(-1), logits.new_zeros(len(logits))
     logits = logits / temperature
@@ -68,21 +73,22 @@ def draw(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
         logits = logits.masked_fill(torch.empty_like(outside).scatter_(1, order, outside), -torch.inf)
     p = logits.softmax(-1)
     cdf = p.cumsum(-1)  # [R, V]
-    target = uniform[:, None].clamp(max=1 - 2 ** -22) * cdf[:, -1:]  # strictly below the sum, also after rounding
-    token = torch.searchsorted(cdf, target, right=True)  # first id with cdf > target, so never one of probability 0
+    target = uniform[:, None].clamp(max=1 - 2 ** -22) * cdf[:, -1:]  # strictly below the sum, if rounded too
+    token = torch.searchsorted(cdf, target, right=True)  # first id with cdf > target: none of probability 0
     token = token.clamp(max=logits.shape[-1] - 1)  # of NaN logits, which the update will find, none is
     return token.squeeze(1), p.gather(1, token).squeeze(1).log()
 
 
 class KVCache:
-    """Keys and values of the rows in flight: a tensor [2, R, K, S, h] per layer, and each row's number of tokens [R].
-    Slot == position: a row's next key goes to slot lengths[row].
+    """Keys and values of the rows in flight: a tensor [2, R, K, S, h] per layer, and each row's number of
+    tokens [R]. Slot == position: a row's next key goes to slot lengths[row].
 
     Zeros, not `empty`: a masked slot still enters the attention sum as 0 * value, and 0 * NaN is NaN."""
 
     def __init__(self, model, rows, slots):
         c, weight = model.config, model.embed_tokens.weight
-        self.layers = [weight.new_zeros(2, rows, c.num_key_value_heads, slots, c.head_dim) for _ in model.layers]
+        shape = 2, rows, c.num_key_value_heads, slots, c.head_dim
+        self.layers = [weight.new_zeros(shape) for _ in model.layers]
         self.lengths = torch.zeros(rows, dtype=torch.long, device=weight.device)
 
     def select(self, rows):
@@ -92,15 +98,15 @@ class KVCache:
         self.lengths = self.lengths[rows]
 
     def put(self, rows, prompts, lengths, which):
-        """Writes to these rows [R'] the prompts `which` [R'], from read_prompts. What an earlier rollout left in the slots
-        behind is masked until it is overwritten too."""
+        """Writes to these rows [R'] the prompts `which` [R'], from read_prompts. What an earlier rollout left
+        in the slots behind is masked until it is overwritten too."""
         for i, kv in enumerate(self.layers):
             kv[:, rows, :, :prompts[i][0].shape[2]] = torch.stack(prompts[i])[:, which]
         self.lengths[rows] = lengths[which]
 
     def past(self, used):
-        """Transformer.forward's `past` for one new token a row. Attention reads the first `used` slots, which must reach one
-        beyond the longest row."""
+        """Transformer.forward's `past` for one new token a row. Attention reads the first `used` slots, which
+        must reach one beyond the longest row."""
         _, R, K, S, h = self.layers[0].shape
         heads = torch.arange(2 * R * K, device=self.lengths.device).view(2, R, K)
         write = (heads * S + self.lengths[:, None]).flatten()  # where the new k and v go in [2*R*K*S, h]
@@ -116,51 +122,52 @@ class KVCache:
 
 
 def decode_step(model, tokens, cache, used):
-    """Logits [R, V] of what follows tokens [R], whose keys and values go to slot cache.lengths of each row. The caller then
-    advances cache.lengths."""
+    """Logits [R, V] of what follows tokens [R], whose keys and values go to slot cache.lengths of each row.
+    The caller then advances cache.lengths."""
     hidden = model(tokens[:, None], cache.lengths[:, None], cache.past(used))[:, 0]  # [R, 1, D] -> [R, D]
     return project(hidden, model.head).float()
 
 
 def check_lengths(model, prompts, max_new_tokens):
-    """ValueError that names the first prompt which leaves no room for max_new_tokens in the model's context, or is empty, or
-    holds a token that the model has not."""
+    """ValueError that names the first prompt which leaves no room for max_new_tokens in the model's context,
+    or is empty, or holds a token that the model has not."""
     context = model.config.max_position_embeddings
     for i, prompt in enumerate(prompts, 1):
         if not prompt:
             raise ValueError(f"prompt {i} is empty")
         if len(prompt) + max_new_tokens > context:
-            raise ValueError(f"prompt {i} has {len(prompt)} tokens, which with {max_new_tokens} new ones do not fit the model's "
-                             f"context of {context}")
+            raise ValueError(f"prompt {i} has {len(prompt)} tokens, which with {max_new_tokens} new ones do not "
+                             f"fit the model's context of {context}")
         if max(prompt) >= model.num_tokens:
-            raise ValueError(f"prompt {i} holds token {max(prompt)}, but the model has {model.num_tokens}: this tokeniser is "
-                             "another model's")
+            raise ValueError(f"prompt {i} holds token {max(prompt)}, but the model has {model.num_tokens}: "
+                             "the tokeniser is another model's")
 
 
 @torch.no_grad()
-def sample(model, prompts, n, generator, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, presence_penalty=0.0,
-           rows=1024):
+def sample(model, prompts, n, generator, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0,
+           presence_penalty=0.0, rows=1024):
     """Rollouts of `n` responses to each prompt (a list of id lists), at most max(rows, n) at once.
 
     `generator` is a CPU torch.Generator: the same one gives the same uniform numbers on every device.
-    ValueError for settings out of range, and if a prompt and max_new_tokens do not fit the model's context."""
+    ValueError for settings out of range, and if a prompt and max_new_tokens do not fit the model's
+    context."""
     if n < 1 or max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
-        raise ValueError(f"cannot sample n={n}, max_new_tokens={max_new_tokens}, temperature={temperature}, top_k={top_k}, "
-                         f"top_p={top_p}: n and max_new_tokens start at 1, the others at 0, top_p lies in (0, 1]")
+        raise ValueError(f"cannot sample n={n}, max_new_tokens={max_new_tokens}, temperature={temperature}, "
+                         f"top_k={top_k}, top_p={top_p}: the first two start at 1, the others at 0; top_p ends at 1")
     check_lengths(model, prompts, max_new_tokens)
     P, G, T, device = len(prompts), n, max_new_tokens, model.norm.weight.device
     uniform = torch.rand(P, G, T, generator=generator).flatten(0, 1).to(device)  # [P*G, T]
     stops = torch.tensor(model.stop_ids, device=device, dtype=torch.long)
-    ids = torch.zeros(P * G, T + 1, dtype=torch.long, device=device)  # column T takes what finished rows still draw
+    ids = torch.zeros(P * G, T + 1, dtype=torch.long, device=device)  # column T: what idle rows still draw
     logps = torch.zeros(P * G, T + 1, device=device)
     lengths = torch.zeros(P * G, dtype=torch.long, device=device)
     finished = torch.zeros(P * G, dtype=torch.bool, device=device)
     seen = torch.zeros(P * G, len(model.head), dtype=torch.bool, device=device) if presence_penalty else None
 
-    R, waiting = G * min(P, max(1, rows // G)), prompts  # rows in flight; a group enters as a whole
+    R, waiting = G * min(P, max(1, rows // G)), prompts  # rows in flight: a group enters as a whole
     slots = max(map(len, prompts)) + T
     cache = KVCache(model, R, slots)
-    active, token = torch.zeros(2, R, dtype=torch.long, device=device)  # which rollout each row writes; its last token
+    active, token = torch.zeros(2, R, dtype=torch.long, device=device)  # each row's rollout and last token
     running = torch.zeros(R, dtype=torch.bool, device=device)
     step = compiled(decode_step) if model.compiled else decode_step
     for i in itertools.count():
@@ -169,24 +176,24 @@ def sample(model, prompts, n, generator, max_new_tokens, temperature=1.0, top_k=
             idle, longest = (~running).nonzero().squeeze(1), int(cache.lengths.max())
             if len(idle) == len(running) and not waiting:
                 break
-            if len(idle) >= 0.25 * len(running):  # not at every finish: to enter costs a prefill, to leave a copy of the cache
+            if len(idle) >= 0.25 * len(running):  # not at every finish: entering is a prefill, leaving a copy
                 if waiting:
                     entering, waiting = waiting[:len(idle) // G], waiting[len(idle) // G:]
                 else:
                     keep = running.nonzero().squeeze(1)
                     cache.select(keep)
-                    active, token, running = active[keep], token[keep], running[keep]
-        longest = min(longest + 1, slots)  # a bound on what the longest row holds, which the host knows without waiting for the device
+                    active, token, running, idle = active[keep], token[keep], running[keep], idle[:0]
+        longest = min(longest + 1, slots)  # a bound on the longest row, without asking the device
         if len(idle) == len(running):
             logits = torch.zeros(R, len(model.head), device=device)
-        else:  # [R, V]; idle rows decode too, at a slot that they do not advance, and what they draw is thrown away below
+        else:  # [R, V]; idle rows decode too, at a slot that stands still. What they draw is thrown away
             logits = step(model, token, cache, longest)
         cache.lengths += running
         if entering:
             seats, end = idle[:len(entering) * G], (P - len(waiting)) * G
             active[seats] = torch.arange(end - len(seats), end, device=device)
             hidden, prompt_cache, prompt_lengths = read_prompts(model, entering)
-            group = torch.arange(len(entering), device=device).repeat_interleave(G)  # each prompt serves its G rows
+            group = torch.arange(len(entering), device=device).repeat_interleave(G)  # a prompt serves G rows
             cache.put(seats, prompt_cache, prompt_lengths, group)
             logits[seats], running[seats] = project(hidden, model.head).float()[group], True
             idle, longest = idle[len(seats):], max(longest, *map(len, entering))
@@ -200,14 +207,14 @@ def sample(model, prompts, n, generator, max_new_tokens, temperature=1.0, top_k=
         running = running & ~finished[active] & (t < T - 1)
         if presence_penalty:
             seen[active, token] = True
-    ids, lengths, logps, finished = (x.unflatten(0, (P, G)) for x in (ids[:, :T], lengths, logps[:, :T], finished))
-    return Rollouts(ids, lengths, logps, finished, from_explorer=torch.zeros_like(finished))
+    group = [x.unflatten(0, (P, G)) for x in (ids[:, :T], lengths, logps[:, :T], finished)]
+    return Rollouts(*group, from_explorer=torch.zeros_like(group[-1]))
 
 
 def encode(text, tokenizer, chat=True, thinking=None):
-    """Token ids of a prompt. With `chat`, a tokeniser that has a chat template applies it, told to think ("on") or not
-    ("off") where it can be, as Qwen3's. The template already holds the BOS token; exactly one is wanted.
-    ValueError if the template, a small program that comes with the checkpoint, fails."""
+    """Token ids of a prompt. With `chat`, a tokeniser that has a chat template applies it, told to think
+    ("on") or not ("off") where it can be, as Qwen3's. The template already holds the BOS token; exactly one
+    is wanted. ValueError if the template, a small program that comes with the checkpoint, fails."""
     if not chat or not tokenizer.chat_template:
         return tokenizer(text).input_ids
     options = {} if thinking is None else {"enable_thinking": thinking == "on"}
@@ -215,7 +222,8 @@ def encode(text, tokenizer, chat=True, thinking=None):
     try:
         text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True, **options)
     except Exception as error:
-        raise ValueError(f"{tokenizer.name_or_path}: its chat template fails: {' '.join(str(error).split()):.200}") from error
+        why = " ".join(str(error).split())
+        raise ValueError(f"{tokenizer.name_or_path}: its chat template fails: {why:.200}") from error
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
@@ -226,7 +234,8 @@ def decode(rollouts, tokenizer):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Print rollouts of one prompt.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description="Print rollouts of one prompt.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--model", required=True, help="a checkpoint directory or a Hugging Face hub name")
     add("--prompt", required=True, help="text, given to the model as it is")
@@ -242,14 +251,16 @@ def main():
     args = parser.parse_args()
     try:
         model, tokenizer = load(args.model, pick_device(args.device), getattr(torch, args.dtype))
-        prompt, generator = encode(args.prompt, tokenizer, args.chat), torch.Generator().manual_seed(args.seed)
-        rollouts = sample(model, [prompt], args.n, generator, args.max_new_tokens, args.temperature, args.top_k, args.top_p)
+        prompt = encode(args.prompt, tokenizer, args.chat)
+        random = torch.Generator().manual_seed(args.seed)
+        rollouts = sample(model, [prompt], args.n, random, args.max_new_tokens, args.temperature, args.top_k,
+                          args.top_p)
     except (ValueError, OSError) as error:
         parser.exit(2, f"sample.py: error: {error}\n")
     for i, text in enumerate(decode(rollouts, tokenizer)[0]):
         end = "stopped" if rollouts.finished[0, i] else "cut"
-        printable = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)  # no terminal escapes
-        print(f"--- {rollouts.lengths[0, i]} tokens, {end}, log-prob {rollouts.logps[0, i].sum():.2f}\n{printable}")
+        print(f"--- {rollouts.lengths[0, i]} tokens, {end}, log-prob {rollouts.logps[0, i].sum():.2f}")
+        print("".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text))  # no terminal escapes
 
 
 if __name__ == "__main__":

@@ -1,15 +1,17 @@
-"""S2L-PO: GRPO on a large learner, part of whose rollout groups a frozen small explorer writes (arXiv 2605.30789).
+"""S2L-PO: GRPO on a large learner, part of whose rollout groups a frozen small explorer writes (arXiv
+2605.30789).
 
     python train.py                       the laptop run: makes its two models the first time, then trains
     python train.py --explorer none       the same without an explorer: plain GRPO
-    python train.py --learner Qwen/Qwen3-1.7B-Base --explorer Qwen/Qwen3-0.6B-Base --data gsm8k.jsonl --dtype bfloat16
+    python train.py --learner Qwen/Qwen3-1.7B-Base --explorer Qwen/Qwen3-0.6B-Base --data gsm8k.jsonl
 
-`train` is the paper's Algorithm 1. All below it loads, keeps the books and survives: kill a run at any moment, and the
-same command with --resume goes on from its last checkpoint. Random numbers depend on (seed, step, purpose) alone. On a
-CPU the same seed therefore gives the same metrics to the last digit, and a resumed run equals an unbroken one.
+`train` is the paper's Algorithm 1. All below it loads, keeps the books and survives: kill a run at any
+moment, and the same command with --resume goes on from its last checkpoint. Random numbers depend on (seed,
+step, purpose) alone. On a CPU the same seed therefore gives the same metrics to the last digit, and a resumed
+run equals an unbroken one.
 
-Not the paper's by default: batch and learning rate (a laptop's), the explorer's sampling (temperature 1 without nucleus;
-the paper: 0.7 and 0.95) and the KL penalty (off; the paper: 0.001).
+Not the paper's by default: batch and learning rate (a laptop's), the explorer's sampling (temperature 1
+without nucleus; the paper: 0.7 and 0.95) and the KL penalty (off; the paper: 0.001).
 
 Shapes: P prompts a step, G rollouts a prompt (one group).
 """
@@ -40,7 +42,8 @@ LEARNER, EXPLORER, MINIBATCH, EVALUATION, ADAPTER = range(5)  # what a random st
 
 
 def train(args, run, explore):
-    """S2L-PO, Algorithm 1. explore(prompts, n, generator) writes the explorer's rollouts [P, n]; None: plain GRPO."""
+    """S2L-PO, Algorithm 1. explore(prompts, n, generator) writes the explorer's rollouts [P, n]; None: plain
+    GRPO."""
     for step in range(last_step(run) + 1, args.steps + 1):                           # for i = 1..T
         random = partial(generator, args.seed, step)
         batch = batch_of(step, args.prompts_per_step, len(run.problems), args.seed)
@@ -50,29 +53,29 @@ def train(args, run, explore):
         # 1. Who writes how much of each group
         share = 0.0
         if explore:
-            share = explorer_share(step, args.mix_steps, args.schedule, args.explorer_share, steps_of(run))  # alpha_i
+            share = explorer_share(step, args.mix_steps, args.schedule, args.explorer_share, past_steps(run))
         at_least = int(args.schedule == "measured")  # to be measured, the learner must write
-        n_explorer, n_learner = split_group(share, args.group_size, at_least)        # G_w, G_s
+        n_explorer, n_learner = split_group(share, args.group_size, at_least)        # alpha_i -> G_w, G_s
 
         # 2. Rollouts: one group a prompt
         explored = own = None
         if n_explorer:
             explored = explore(prompts, n_explorer, random(EXPLORER))                # sample(pi_omega, G_w)
         if n_learner:
-            own = sample(run.learner, prompts, n_learner, random(LEARNER), args.max_new_tokens, args.temperature,
-                         rows=args.rollout_rows)                                     # sample(pi_theta, G_s)
+            own = sample(run.learner, prompts, n_learner, random(LEARNER), args.max_new_tokens,
+                         args.temperature, rows=args.rollout_rows)                   # sample(pi_theta, G_s)
         rollouts = join(explored, own)                                               # O [P, G]
         clock.append(time.perf_counter())
 
         # 3. Rewards  4. Advantages, over the combined group
         texts = decode(rollouts, run.tokenizer)                                      # [P][G]
-        scores = score_all(problems, texts).to(rollouts.ids.device)                  # [P, G, (reward, strict, answer)]
+        scores = score_all(problems, texts).to(rollouts.ids.device)                  # [P, G, 3]
         advantages = group_advantages(scores[..., 0], scale=args.loss != "dr_grpo")  # [P, G]
         clock.append(time.perf_counter())
 
         # 5. theta <- GRPO update
-        metrics = update(run.learner, run.reference, run.optimizer, prompts, rollouts, advantages, random(MINIBATCH),
-                         **update_settings(args))
+        metrics = update(run.learner, run.reference, run.optimizer, prompts, rollouts, advantages,
+                         random(MINIBATCH), **update_settings(args))
         clock.append(time.perf_counter())
 
         # The books: nothing below touches the method
@@ -88,67 +91,67 @@ def generator(seed, step, purpose):
 
 
 def batch_of(step, size, count, seed):
-    """Indices of the step's problems: every problem once, in an order shuffled anew, before any comes again."""
+    """Indices of the step's problems: every problem once, in an order shuffled anew, before any comes
+    again."""
     positions = range((step - 1) * size, step * size)
-    orders = {epoch: np.random.default_rng([seed, epoch]).permutation(count) for epoch in {p // count for p in positions}}
-    return [int(orders[p // count][p % count]) for p in positions]
+    epochs = {position // count for position in positions}
+    orders = {epoch: np.random.default_rng([seed, epoch]).permutation(count) for epoch in epochs}
+    return [int(orders[position // count][position % count]) for position in positions]
 
 
 def score_all(problems, texts):
     """Scores [P, G, (reward, strict, answer)] of texts [P][G]."""
-    return torch.tensor([[score(problem, text) for text in group] for problem, group in zip(problems, texts)]).float()
+    scores = [[score(problem, text) for text in group] for problem, group in zip(problems, texts)]
+    return torch.tensor(scores, dtype=torch.float32)
 
 
 def update_settings(args):
     """The flags that grpo.py's `update` takes, by its names for them."""
     return {name: getattr(args, name) for name in (
-        "loss", "off_policy", "clip_low", "clip_high", "kl_coef", "minibatches", "micro_batch_tokens", "max_new_tokens",
-        "temperature", "max_grad_norm")}
+        "loss", "off_policy", "clip_low", "clip_high", "kl_coef", "minibatches", "micro_batch_tokens",
+        "max_new_tokens", "temperature", "max_grad_norm")}
 
 
-# ---- flags -----------------------------------------------------------------------------------------------------------
+# ---- flags -------------------------------------------------------------------------------------------------
 
 def parse_flags(argv=None):
     """Namespace of all flags, checked. Exits with one line on what makes no sense."""
-    parser = argparse.ArgumentParser(description="Train a learner with S2L-PO (or, with --explorer none, plain GRPO).",
-                                     usage="%(prog)s [flags], which --help explains")
-    add = parser.add_argument_group("models and problems (without --learner: the laptop family's)").add_argument
+    parser = argparse.ArgumentParser(
+        description="Train a learner with S2L-PO, or plain GRPO (--explorer none). In brackets: the default.",
+        usage="%(prog)s [flags], which --help explains")
+    choices = "; ".join(f"{name}: {what}" for name, what in SCHEDULES.items())
+    add = parser.add_argument_group("models and problems (without --learner the laptop's)").add_argument
     add("--learner", help="model to train: a directory or a Hugging Face hub name")
-    add("--explorer", help="frozen model that helps to explore; or its rollouts on disk, a .jsonl by recipes/pool.py; or `none`: "
-        "plain GRPO")
-    add("--data", help="problems to train on: JSONL with `question` and `answer`; recipes/data.py makes it of known data sets")
+    add("--explorer", help="frozen model that explores; or its rollouts, POOL.jsonl (recipes/pool.py); or none")
+    add("--data", help="problems: JSONL with question and answer; recipes/data.py makes it of data sets")
     add("--eval-data", help="held-out problems; with --data and without them nothing is evaluated")
     add("--task", choices=TASKS, default="habit", help="the laptop family's task (habit)")
-    add("--thinking", choices=("on", "off"), help="for chat templates that can, such as Qwen3's (the template's own)")
+    add("--thinking", choices=("on", "off"), help="for chat templates that can (the template's own)")
     add = parser.add_argument_group("explorer schedule (anneal.py)").add_argument
-    add("--schedule", choices=SCHEDULES, default="linear",
-        help="; ".join(f"{name}: {what}" for name, what in SCHEDULES.items()) + " (linear)")
-    add("--mix-steps", type=int, help="T_mix: where linear and cosine reach 0, and step ends (half of --steps)")
+    add("--schedule", choices=SCHEDULES, default="linear", help=f"{choices} (linear)")
+    add("--mix-steps", type=int, help="T_mix: linear and cosine reach 0 there (half of --steps)")
     add("--explorer-share", type=float, default=0.5, help="the share of --schedule constant (0.5)")
     add = parser.add_argument_group("rollouts (sample.py)").add_argument
     add("--steps", type=int, default=40, help="T, steps in all (40)")
     add("--prompts-per-step", type=int, default=16, help="P (16)")
     add("--group-size", type=int, default=16, help="G, rollouts per prompt (16)")
     add("--max-new-tokens", type=int, help="longest response (16; with --learner 512)")
-    add("--temperature", type=float, default=1.0, help="learner's sampling temperature, also in its log-probs (1)")
+    add("--temperature", type=float, default=1.0, help="the learner's, also in its log-probs (1)")
     add("--explorer-temperature", type=float, default=1.0, help="the paper's is 0.7 (1)")
     add("--explorer-top-p", type=float, default=1.0, help="the paper's is 0.95 (1)")
     add("--rollout-rows", type=int, default=1024, help="rows sampled at once: lower it to save memory (1024)")
     add = parser.add_argument_group("update (grpo.py)").add_argument
-    add("--lr", type=float, help="AdamW's learning rate, constant (8e-4; with --learner 1e-6, with --lora-rank too 1e-5)")
-    add("--minibatches", type=int, default=2, help="optimiser steps per training step; with 1 the clip acts on nothing but "
-        "--off-policy behaviour (2)")
-    add("--micro-batch-tokens", type=int, default=8192, help="tokens per forward and backward pass, padding counted: lower it "
-        "to save memory; the loss is the same (8192)")
-    add("--checkpoint-layers", action="store_true", help="keep a layer's input only and compute the rest again in the "
-        "backward pass: a third more time for far less memory")
-    add("--lora-rank", type=int, default=0, help="train adapters of this rank in place of all weights; 0: off (0)")
-    add("--loss", choices=LOSSES, default="grpo", help="how tokens are weighted: grpo.py token_weights (grpo)")
-    add("--off-policy", choices=OFF_POLICY, default="recompute", help="how the explorer's tokens count, which the learner "
-        "did not draw: grpo.py off_policy_correction (recompute)")
+    add("--lr", type=float, help="AdamW's, constant (8e-4; with --learner 1e-6, with --lora-rank too 1e-5)")
+    add("--minibatches", type=int, default=2, help="optimiser steps a step; with 1 nothing is clipped (2)")
+    add("--micro-batch-tokens", type=int, default=8192, help="run at once: lower it to save memory (8192)")
+    add("--checkpoint-layers", action="store_true", help="recompute activations: slower, far less memory")
+    add("--lora-rank", type=int, default=0, help="train adapters of this rank, not all weights; 0: off (0)")
+    add("--loss", choices=LOSSES, default="grpo", help="weight of tokens: grpo.py token_weights (grpo)")
+    add("--off-policy", choices=OFF_POLICY, default="recompute",
+        help="how the explorer's tokens count: grpo.py off_policy_correction (recompute)")
     add("--clip-low", type=float, default=0.2, help="ratios are clipped below at 1 - this (0.2)")
     add("--clip-high", type=float, default=0.2, help="ratios are clipped above at 1 + this (0.2)")
-    add("--kl-coef", type=float, default=0.0, help="weight of the KL to the initial learner, which 0 does without (0)")
+    add("--kl-coef", type=float, default=0.0, help="KL to the initial learner; the paper's is 0.001 (0)")
     add("--max-grad-norm", type=float, default=1.0, help="gradients are scaled down to this norm (1)")
     add = parser.add_argument_group("run").add_argument
     add("--eval-every", type=int, default=5, help="steps between evaluations; 0: only before and after (5)")
@@ -158,9 +161,9 @@ def parse_flags(argv=None):
     add("--resume", action="store_true", help="continue the run in --out from its newest checkpoint")
     add("--seed", type=int, default=0, help="of problems' order, rollouts, mini-batches and evaluations (0)")
     add("--device", default="auto", help="auto: cuda, then mps, then cpu")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights; updates are made in float32")
-    add("--compile", choices=("auto", "on", "off"), default="auto", help="torch.compile of decoding and log-prob kernel, about "
-        "a minute; auto: where enough tokens are to be written")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights; masters are float32")
+    add("--compile", choices=("auto", "on", "off"), default="auto",
+        help="decoding and log-prob kernel, about a minute; auto: where enough tokens are to be written")
     add("--out", help="directory of the run, new or empty (runs/ and the time)")
     args = parser.parse_args(argv)
     try:
@@ -171,39 +174,41 @@ def parse_flags(argv=None):
 
 
 RANGES = {  # flag: (least, most); NaN lies in none
-    "steps": (1, 1e9), "mix_steps": (1, 1e9), "prompts_per_step": (1, 1e6), "group_size": (2, 1e6), "max_new_tokens": (1, 1e6),
-    "rollout_rows": (1, 1e9), "micro_batch_tokens": (1, 1e9), "eval_problems": (1, 1e9), "eval_n": (1, 1e6),
-    "eval_every": (0, 1e9), "save_every": (0, 1e9), "seed": (0, 1e18), "lora_rank": (0, 1e5), "explorer_share": (0, 1),
-    "temperature": (1e-3, 100), "explorer_temperature": (1e-3, 100), "explorer_top_p": (1e-3, 1), "lr": (0, 1),
-    "clip_low": (0, 1), "clip_high": (0, 1e9), "kl_coef": (0, 1e9), "max_grad_norm": (1e-9, 1e9)}
+    "steps": (1, 1e9), "prompts_per_step": (1, 1e6), "group_size": (2, 1e6), "max_new_tokens": (1, 1e6),
+    "rollout_rows": (1, 1e9), "temperature": (1e-3, 100), "explorer_temperature": (1e-3, 100),
+    "explorer_top_p": (1e-3, 1), "explorer_share": (0, 1), "lr": (0, 1), "micro_batch_tokens": (1, 1e9),
+    "lora_rank": (0, 1e5), "clip_low": (0, 1), "clip_high": (0, 1e9), "kl_coef": (0, 1e9),
+    "max_grad_norm": (1e-9, 1e9), "eval_every": (0, 1e9), "eval_problems": (1, 1e9), "eval_n": (1, 1e6),
+    "save_every": (0, 1e9), "seed": (0, 1e18)}
 
 
 def resolve(args):
-    """Fills in the defaults that depend on other flags. ValueError, one line, for flags that make no sense."""
-    laptop, family = not args.learner, Path("runs", f"family-{args.task}")
-    lr = 8e-4 if laptop else 1e-5 if args.lora_rank else 1e-6
-    defaults = {"lr": lr, "max_new_tokens": 16 if laptop else 512, "eval_problems": 256 if laptop else 64,
-                "eval_n": 32 if laptop else 4, "mix_steps": max(1, args.steps // 2), "out": time.strftime("runs/%Y%m%d-%H%M%S")}
+    """Fills in the defaults that depend on other flags. ValueError, one line, for flags that make no
+    sense."""
+    family = f"runs/family-{args.task}"
     if args.resume and not args.out:
         raise ValueError("--resume needs --out: the directory of the run to continue")
-    if laptop:
-        defaults |= {"learner": f"{family}/learner", "explorer": f"{family}/explorer", "data": f"{family}/train.jsonl",
-                     "eval_data": f"{family}/heldout.jsonl"}
-    elif not (args.explorer and args.data):
+    if args.learner and not (args.explorer and args.data):
         raise ValueError("--learner needs --data, and --explorer: a model, a pool, or `none` for plain GRPO")
+    defaults = {"out": time.strftime("runs/%Y%m%d-%H%M%S"), "mix_steps": max(1, args.steps // 2)}
+    if args.learner:
+        lr = 1e-5 if args.lora_rank else 1e-6
+        defaults |= {"lr": lr, "max_new_tokens": 512, "eval_problems": 64, "eval_n": 4}
+    else:
+        defaults |= {"lr": 8e-4, "max_new_tokens": 16, "eval_problems": 256, "eval_n": 32,
+                     "learner": f"{family}/learner", "explorer": f"{family}/explorer",
+                     "data": f"{family}/train.jsonl", "eval_data": f"{family}/heldout.jsonl"}
     for name, value in defaults.items():
         setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
-    for name, (least, most) in RANGES.items():
-        if not least <= getattr(args, name) <= most:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: not between {least:g} and {most:g}")
-    for name, bound in (("mix_steps", "steps"), ("minibatches", "prompts_per_step")):
-        if not 1 <= getattr(args, name) <= getattr(args, bound):
-            raise ValueError(f"--{name} {getattr(args, name)}: not between 1 and --{bound}".replace("_", "-"))
+    ranges = RANGES | {"mix_steps": (1, args.steps), "minibatches": (1, args.prompts_per_step)}
+    for name, (least, most) in ranges.items():
+        if not least <= (value := getattr(args, name)) <= most:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: not between {least:g} and {most:g}")
 
 
-# ---- loading ---------------------------------------------------------------------------------------------------------
+# ---- loading -----------------------------------------------------------------------------------------------
 
-COMPILE_FROM = 5_000_000  # tokens: where torch.compile has earned its minute on the laptop's models (bench/README.md)
+COMPILE_FROM = 5_000_000  # tokens: where torch.compile has earned its minute on the laptop's models
 
 
 @dataclass
@@ -217,8 +222,7 @@ class Run:
     prompts: list        # the token ids of each
     eval_problems: list  # [Problem], held out
     weights: dict        # {"learner": fingerprint of what was loaded, "explorer": ..}
-    history: list = field(default_factory=list)  # [metrics of a step]
-    curves: dict = field(default_factory=dict)   # {"k": [..], "learner before": pass@k, ..}
+    history: list = field(default_factory=list)  # metrics of each step; step 0 is the base models' evaluation
     stopped: int = 0     # the signal that came
 
 
@@ -226,78 +230,83 @@ def last_step(run):
     return run.history[-1]["step"] if run.history else 0
 
 
-def steps_of(run):
-    """The history without the evaluation of the base models, which stands there as step 0."""
+def past_steps(run):
     return [line for line in run.history if line["step"] > 0]
 
 
 def load_run(args, open_explorer):
-    """(Run, explore). All that the user typed is checked before anything is made. ValueError or OSError, one line."""
-    out, family = Path(args.out), Path(args.learner).parent
+    """(Run, explore). All that the user typed is checked before anything is made. ValueError or OSError, one
+    line."""
+    out, family = Path(args.out), Path(f"runs/family-{args.task}")
     if out.exists() and any(out.iterdir()) and not (args.resume and (out / "config.json").exists()):
-        raise ValueError(f"{out} is there already: --resume continues a run of train.py, another --out begins one")
+        raise ValueError(f"{out} is there already: --resume continues a run, another --out begins one")
     device, dtype = pick_device(args.device), getattr(torch, args.dtype)
-    if family == Path("runs", f"family-{args.task}") and not family.exists():
+    if args.learner == f"{family}/learner" and not family.exists():
         for path in (args.data, args.eval_data):
-            load_problems(path) if Path(path).parent != family else None
+            if Path(path).parent != family:
+                load_problems(path)
         from recipes.family import make_family
         print(f"first run: making the two base models of task `{args.task}`, kept in {family}")
         make_family(family, args.task, device=device)
 
     problems = load_problems(args.data)
-    eval_problems = load_problems(args.eval_data)[:args.eval_problems] if args.eval_data else []
+    held_out = load_problems(args.eval_data)[:args.eval_problems] if args.eval_data else []
     learner, tokenizer = load(args.learner, device, dtype)
-    prompts = [encode(problem.prompt, tokenizer, problem.in_words, args.thinking) for problem in problems + eval_problems]
+    prompts = [encode(p.prompt, tokenizer, p.in_words, args.thinking) for p in problems + held_out]
     check_lengths(learner, prompts, args.max_new_tokens)
     tokens = args.steps * args.prompts_per_step * args.group_size * args.max_new_tokens
-    learner.compiled = args.compile == "on" or (args.compile == "auto" and tokens >= COMPILE_FROM and device != "mps")
-    learner.checkpoint_layers, weights, reference = args.checkpoint_layers, {"learner": fingerprint(learner)}, None
-    if args.kl_coef:  # a copy of the learner before any update; with LoRA the same tensors without the adapters
+    worth_it = tokens >= COMPILE_FROM and device != "mps"
+    learner.compiled = args.compile == "on" or (args.compile == "auto" and worth_it)
+    learner.checkpoint_layers = args.checkpoint_layers
+    weights, reference = {"learner": fingerprint(learner)}, None
+    if args.kl_coef:  # the learner before any update; with LoRA its own tensors without the adapters
         shared = {id(weight): weight for weight in learner.parameters()} if args.lora_rank else {}
         reference = copy.deepcopy(learner, shared).requires_grad_(False)
     if args.lora_rank:
         add_lora(learner, args.lora_rank, generator(args.seed, 0, ADAPTER))
-    run = Run(learner, tokenizer, reference, Optimizer(learner, args.lr), problems, prompts[:len(problems)], eval_problems, weights)
+    run = Run(learner, tokenizer, reference, Optimizer(learner, args.lr), problems, prompts[:len(problems)],
+              held_out, weights)
     explore = open_explorer(args, run) if args.explorer != "none" else None
     claim(args, run, out)
 
     count = lambda weights: f"{sum(w.numel() for w in weights):,}"
-    print(f"learner   {args.learner}: {count(learner.parameters())} parameters, {count(run.optimizer.weights)} of them trained "
-          f"at {args.lr:g}, {args.dtype} on {device}, compile {'on' if learner.compiled else 'off'}\n"
+    print(f"learner   {args.learner}: {count(learner.parameters())} parameters, {count(run.optimizer.weights)} "
+          f"trained at {args.lr:g}; {args.dtype} on {device}, compile {'on' if learner.compiled else 'off'}\n"
           f"explorer  {args.explorer}: {f'schedule {args.schedule}' if explore else 'plain GRPO'}\n"
-          f"problems  {len(problems)} to train on, {len(eval_problems)} held out; the first prompt, and its answer:\n"
+          f"problems  {len(problems)} to train on, {len(held_out)} held out; first prompt and its answer:\n"
           f"          {tokenizer.decode(prompts[0])!r}, {problems[0].answer!r}")
     return run, explore
 
 
 def open_explorer(args, run):
-    """explore(prompts, n, generator) -> Rollouts [P, n], from --explorer: a frozen model, or rollouts on disk."""
+    """explore(prompts, n, generator) -> Rollouts [P, n], from --explorer: a frozen model, or rollouts on
+    disk."""
     if args.explorer.endswith(".jsonl"):
         from recipes.pool import open_pool
         return open_pool(args, run)
     explorer, tokenizer = load(args.explorer, run.learner.head.device, run.learner.head.dtype)
     a, b = run.tokenizer.get_vocab(), tokenizer.get_vocab()
     if different := sorted(token for token in a.keys() | b.keys() if a.get(token) != b.get(token)):
-        raise ValueError(f"the tokenisers of learner and explorer differ in {len(different)} tokens, such as {different[0]!r}: "
-                         "the learner trains on the explorer's ids. recipes/retokenize.py trains on its texts")
+        raise ValueError(f"the tokenisers of learner and explorer differ in {len(different)} tokens, such as "
+                         f"{different[0]!r}: recipes/retokenize.py trains on texts, not on ids")
     check_lengths(explorer, run.prompts, args.max_new_tokens)
     return frozen_model(args, run, explorer)
 
 
-def frozen_model(args, run, explorer, stop_ids=()):
-    """The usual `explore`. A model that shares the learner's tokeniser also shares its ends: else a base learner would
-    learn an instruct explorer's stop token and not stop at it."""
+def frozen_model(args, run, explorer):
+    """The usual `explore`. A model that shares the learner's tokeniser also shares its ends: else a base
+    learner would learn an instruct explorer's stop token and not stop at it."""
     run.weights["explorer"] = fingerprint(explorer.requires_grad_(False))
     run.learner.stop_ids = explorer.stop_ids = tuple(sorted({*run.learner.stop_ids, *explorer.stop_ids}))
     explorer.compiled = run.learner.compiled
-    return partial(sample, explorer, max_new_tokens=args.max_new_tokens, temperature=args.explorer_temperature,
-                   top_p=args.explorer_top_p, rows=args.rollout_rows)
+    return partial(sample, explorer, max_new_tokens=args.max_new_tokens, rows=args.rollout_rows,
+                   temperature=args.explorer_temperature, top_p=args.explorer_top_p)
 
 
-# ---- survival: whole checkpoints, found again ------------------------------------------------------------------------
+# ---- survival: whole checkpoints, found again --------------------------------------------------------------
 
-FREE = {"resume", "out", "device", "compile", "eval_every", "save_every", "rollout_rows", "micro_batch_tokens",
-        "checkpoint_layers"}  # a resumed run may change them: no part of the experiment
+FREE = {"resume", "out", "device", "compile", "eval_every", "save_every", "rollout_rows",
+        "micro_batch_tokens", "checkpoint_layers"}  # a resumed run may change them
 
 
 def write_whole(path, write):
@@ -306,16 +315,18 @@ def write_whole(path, write):
     with open(partial, "wb") as file:
         write(file)
         file.flush()
-        os.fsync(file.fileno())  # on the disk before its name is: else a power cut may leave the name of an empty file
+        os.fsync(file.fileno())  # else a power cut may leave the name of an empty file
     os.replace(partial, path)
 
 
 def claim(args, run, out):
     """Makes `out` this run's, or takes up the run in it. ValueError if that was another experiment."""
-    settings = {name: value for name, value in vars(args).items() if name not in FREE} | {"weights": run.weights}
+    settings = {name: value for name, value in vars(args).items() if name not in FREE}
+    settings["weights"] = run.weights
     if (out / "config.json").exists():
         before = json.loads((out / "config.json").read_text())
-        if changed := [f"{name} {before.get(name)} -> {settings[name]}" for name in settings if before.get(name) != settings[name]]:
+        if changed := [name for name in settings if settings[name] != before.get(name)]:
+            changed = [f"{name} {before.get(name)} -> {settings[name]}" for name in changed]
             raise ValueError(f"{out} began with other settings: {', '.join(changed)}")
         restore(run, out)
     (out / "rollouts").mkdir(parents=True, exist_ok=True)
@@ -325,43 +336,47 @@ def claim(args, run, out):
 
 def save_checkpoint(run, out):
     """A run between two steps. No random state and no place in the data: both follow from (seed, step)."""
-    state = {"weights": run.optimizer.masters, "adamw": run.optimizer.adamw.state_dict(), "history": run.history,
-             "curves": run.curves}
+    optimizer = run.optimizer
+    state = {"weights": optimizer.masters, "adamw": optimizer.adamw.state_dict(), "history": run.history}
     write_whole(out / f"checkpoint_{last_step(run):06d}.pt", lambda file: torch.save(state, file))
     for old in sorted(out.glob("checkpoint_*.pt"))[:-2]:
         old.unlink()
 
 
 def restore(run, out):
-    """Takes up the newest checkpoint whose checksums hold; from the beginning if there is none."""
+    """Takes up the newest checkpoint whose checksums hold. From the beginning if none was written yet.
+    ValueError if all there are damaged."""
+    damaged = None
     for path in sorted(out.glob("checkpoint_*.pt"), reverse=True):
         try:
             damaged = zipfile.ZipFile(path).testzip()  # torch.load does not look at its checksums
         except zipfile.BadZipFile as error:
             damaged = error
-        if damaged:
-            print(f"warning: {path} is damaged ({damaged}): going on from the one before", file=sys.stderr)
-            continue
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        run.optimizer.restore(state["weights"], state["adamw"])
-        run.history, run.curves = state["history"], state["curves"]
-        break
+        if not damaged:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            run.optimizer.restore(state["weights"], state["adamw"])
+            run.history = state["history"]
+            break
+        print(f"warning: {path} is damaged ({damaged})", file=sys.stderr)
+    if damaged:
+        raise ValueError(f"no checkpoint in {out} can be read: remove that directory to begin anew")
     print(f"resumed   after step {last_step(run)}")
 
 
-# ---- the books -------------------------------------------------------------------------------------------------------
+# ---- the books ---------------------------------------------------------------------------------------------
 
 def keep_books(args, run, line, batch, rollouts, texts, scores, clock):
-    """After a step: measures (docs/metrics.md explains each metric), evaluates, writes and saves where it is time to, warns of
-    what is amiss. `line`: the step, its share, and update's metrics."""
+    """After a step: measures (docs/metrics.md explains each metric), evaluates, writes and saves where it is
+    time to, warns of what is amiss. `line`: the step, its share, and update's metrics."""
     step, out, explorer = line["step"], Path(args.out), rollouts.from_explorer
     rewards, right, answers = scores[..., 0], scores[..., 1] > 0, scores[..., 2]  # [P, G] each
-    by_learner = (right & ~explorer).any(1)  # [P, G] -> [P] groups that the learner solved
+    by_learner = (right & ~explorer).any(1)  # [P, G] -> [P] the learner solved it
     mean = lambda x: x.float().mean().item() if x.numel() else None
     sampling, scoring, training = np.diff(clock).tolist()
     line |= {"rollouts_explorer": int(explorer.sum()), "rollouts_learner": int((~explorer).sum()),
-             "reward": mean(rewards), "reward_explorer": mean(rewards[explorer]), "reward_learner": mean(rewards[~explorer]),
-             "reward_answer": mean(answers), "groups_all_fail": mean(~right.any(1)), "groups_all_pass": mean(right.all(1)),
+             "reward": mean(rewards), "reward_explorer": mean(rewards[explorer]),
+             "reward_learner": mean(rewards[~explorer]), "reward_answer": mean(answers),
+             "groups_all_fail": mean(~right.any(1)), "groups_all_pass": mean(right.all(1)),
              "groups_learner": mean(by_learner), "groups_explorer_only": mean(right.any(1) & ~by_learner),
              "length": mean(rollouts.lengths), "length_explorer": mean(rollouts.lengths[explorer]),
              "length_learner": mean(rollouts.lengths[~explorer]), "truncated": mean(~rollouts.finished),
@@ -370,74 +385,78 @@ def keep_books(args, run, line, batch, rollouts, texts, scores, clock):
     run.history.append(line)
     last = step == args.steps
     if run.eval_problems and (last or (args.eval_every and step % args.eval_every == 0)):
-        line |= evaluate_model(args, run, learner_of(args, run), "learner after" if last else None)
+        line |= evaluate_model(args, run, learner_of(args, run))
         group = zip(explorer[0].tolist(), rewards[0].tolist(), texts[0])
-        (out / "rollouts" / f"step_{step}.txt").write_text(run.problems[batch[0]].question + "\n\n" + "\n".join(
-            f"{'explorer' if by_explorer else 'learner'}, reward {r:g}: {text}" for by_explorer, r, text in group))
+        group = [f"{'explorer' if who else 'learner'}, reward {r:g}: {text}" for who, r, text in group]
+        text = "\n".join([run.problems[batch[0]].question, "", *group])
+        (out / "rollouts" / f"step_{step}.txt").write_text(text, encoding="utf-8")
     with open(out / "metrics.jsonl", "a") as file:
         file.write(as_json(line))
-    held_out = f"   held out {line['eval_strict_pass@1']:.3f}" if "eval_strict_pass@1" in line else ""
-    print(f"step {step:3d}/{args.steps}   reward {line['reward']:.3f}   explorer {line['share']:4.0%}   {clock[-1] - clock[0]:.1f} s"
-          + held_out, flush=True)
+    held_out = f"   held out {line['eval_strict_pass@1']:.3f}" if "eval_curve" in line else ""
+    print(f"step {step:3d}/{args.steps}   reward {line['reward']:.3f}   explorer {line['share']:4.0%}   "
+          f"{clock[-1] - clock[0]:5.1f} s{held_out}", flush=True)
+    warn = partial(print, "warning:", file=sys.stderr)
     if line["truncated"] > 0.5:
-        print(f"warning: {line['truncated']:.0%} of the rollouts were cut at --max-new-tokens {args.max_new_tokens}: cut before the "
-              "answer, they earn nothing", file=sys.stderr)
+        warn(f"{line['truncated']:.0%} of the rollouts were cut at --max-new-tokens {args.max_new_tokens}: without "
+             "an answer they earn nothing")
     if line["skipped_updates"]:
-        print(f"warning: {line['skipped_updates']} updates skipped, loss or gradient not finite; problems {batch}", file=sys.stderr)
+        warn(f"{line['skipped_updates']} updates skipped, loss or gradient not finite; problems {batch}")
     if len(run.history) >= 5 and all(past.get("skipped_updates") for past in run.history[-5:]):
-        raise FloatingPointError(f"loss or gradient not finite in five steps, up to {step}: try a lower --lr in another --out")
-    if last or run.stopped or (args.save_every and step % args.save_every == 0 and not line["skipped_updates"]):
+        raise FloatingPointError(f"loss or gradient not finite in five steps, up to {step}: try a lower --lr")
+    due = args.save_every and step % args.save_every == 0 and not line["skipped_updates"]
+    if due or last or run.stopped:
         save_checkpoint(run, out)
 
 
 def as_json(line):
-    return json.dumps({key: None if isinstance(x, float) and not np.isfinite(x) else x for key, x in line.items()}) + "\n"
+    finite = lambda x: None if isinstance(x, float) and not np.isfinite(x) else x
+    return json.dumps({key: finite(x) for key, x in line.items()}) + "\n"
 
 
 def learner_of(args, run):
     return partial(sample, run.learner, max_new_tokens=args.max_new_tokens, rows=args.rollout_rows)
 
 
-def evaluate_model(args, run, write, curve_name=None):
-    """Held-out metrics of write(prompts, n, generator), with the same random numbers every time, so that evaluations differ
-    by the model alone. With a name, its strict pass@k curve is kept."""
-    random, n = generator(args.seed, 0, EVALUATION), args.eval_n
+def evaluate_model(args, run, write):
+    """Held-out metrics of write(prompts, n, generator), with the same random numbers every time, so that
+    evaluations differ by the model alone."""
+    n, random = args.eval_n, generator(args.seed, 0, EVALUATION)
     result = evaluate(write, run.tokenizer, run.eval_problems, n, random, args.thinking)
-    if curve_name:
-        run.curves["k"] = powers_of_two(n)
-        run.curves[curve_name] = [pass_at_k(result["strict"], n, k) for k in run.curves["k"]]
-    return {f"eval_{prefix}pass@{k}": pass_at_k(result[kind], n, k)
-            for prefix, kind in (("", "answer"), ("strict_", "strict")) for k in (1, 16) if k <= n}
+    metrics = {f"eval_{prefix}pass@{k}": pass_at_k(result[kind], n, k)
+               for prefix, kind in (("", "answer"), ("strict_", "strict")) for k in (1, 16) if k <= n}
+    return metrics | {"eval_curve": [pass_at_k(result["strict"], n, k) for k in powers_of_two(n)]}
 
 
 def evaluate_base_models(args, run, explore):
     """pass@k of learner and explorer before training, printed and kept as step 0."""
     if run.history or not run.eval_problems:
         return
-    print(f"pass@k before training: {len(run.eval_problems)} held-out problems, {args.eval_n} rollouts each", flush=True)
-    run.history.append({"step": 0} | evaluate_model(args, run, learner_of(args, run), "learner before"))
+    print(f"pass@k before training: {len(run.eval_problems)} problems x {args.eval_n} rollouts", flush=True)
+    line = {"step": 0} | evaluate_model(args, run, learner_of(args, run))
+    curves = {"learner": line["eval_curve"]}
     if explore and not args.explorer.endswith(".jsonl"):  # a pool has no rollouts of held-out problems
-        evaluate_model(args, run, explore, "explorer")
-    print(table(run.curves["k"], {name: curve for name, curve in run.curves.items() if name != "k"}), flush=True)
-    (Path(args.out) / "metrics.jsonl").write_text(as_json(run.history[0]))
+        curves["explorer"] = line["explorer_curve"] = evaluate_model(args, run, explore)["eval_curve"]
+    print(table(powers_of_two(args.eval_n), curves), flush=True)
+    run.history.append(line)
+    (Path(args.out) / "metrics.jsonl").write_text(as_json(line))
 
 
 def finish(args, run):
     """Saves the learner, draws the picture, says what came out."""
     out, evals = Path(args.out), [line for line in run.history if "eval_pass@1" in line]
-    (out / "pass_at_k.json").write_text(json.dumps(run.curves))
     save(run.learner, run.tokenizer, out / "learner")
-    draw_run(out / "curve.png", run.history, run.curves)
+    draw_run(out / "curve.png", run.history)
     if len(evals) > 1:
         print(f"\n{'held out':16}{'before':>10}{'step ' + str(evals[-1]['step']):>10}")
-        for key in (key for key in evals[-1] if key.startswith("eval_") and key in evals[0]):
-            print(f"{key.removeprefix('eval_').replace('_', ' '):16}{evals[0][key]:10.3f}{evals[-1][key]:10.3f}")
+        for key in (key for key in evals[-1] if "pass@" in key):
+            name = key.removeprefix("eval_").replace("_", " ")
+            print(f"{name:16}{evals[0][key]:10.3f}{evals[-1][key]:10.3f}")
     print(f"\neverything is in {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
     if last_step(run) < args.steps:
         print(f"stopped after step {last_step(run)}: the same command with --out {out} --resume goes on")
 
 
-# ---- from start to end -----------------------------------------------------------------------------------------------
+# ---- from start to end -------------------------------------------------------------------------------------
 
 def listen(run):
     """Ctrl-C and SIGTERM let the step end, which is then saved. A second one leaves at once."""
@@ -455,8 +474,8 @@ def fail(code, error):
 
 
 def main(argv=None, loop=train, open_explorer=open_explorer):
-    """Recipes give another loop, or another value of the seam `explore`. Exit codes: 2 bad input or a full disk, 3 out of
-    memory, 4 NaN, 128 + n signal n."""
+    """Recipes give another loop, or another value of the seam `explore`. Exit codes: 2 bad input or a full
+    disk, 3 out of memory, 4 NaN, 128 + n signal n."""
     try:
         args = parse_flags(argv)
         run, explore = load_run(args, open_explorer)
@@ -469,10 +488,10 @@ def main(argv=None, loop=train, open_explorer=open_explorer):
     except FloatingPointError as error:
         fail(4, error)
     except (RuntimeError, MemoryError) as error:
-        if not re.search("out of memory|can't allocate memory|ALLOC_FAILED|MemoryError", f"{error}{type(error)}"):
+        if not re.search("out of memory|can't allocate|ALLOC_FAILED|MemoryError", f"{error}{type(error)}"):
             raise
-        fail(3, "out of memory: lower --rollout-rows (sampling) or --micro-batch-tokens (training), or ask recipes/plan.py; "
-                "--resume goes on from the last checkpoint")
+        fail(3, "out of memory: lower --rollout-rows (sampling) or --micro-batch-tokens (training), or ask "
+                "recipes/plan.py; --resume goes on from the last checkpoint")
     except KeyboardInterrupt:  # while loading: there is nothing to save yet
         sys.exit(130)
     sys.exit(128 + run.stopped if run.stopped else 0)

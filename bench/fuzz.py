@@ -2,6 +2,7 @@
 
     python bench/fuzz.py strings --count 1000000    through the scorers: 4 to 5 minutes on 2 cores
     python bench/fuzz.py files --count 20000        through the loaders: 3 to 4 minutes on 2 cores
+    python bench/fuzz.py golds --data math500.jsonl     real answers with one mistake put in: 10 seconds
 
 Strings are random bytes, deeply nested or endlessly repeated LaTeX, numbers of thousands of digits, and real answers with
 pieces cut out, doubled and swapped, up to 20,000 characters (a response of 4,096 tokens is about that long); a tenth are of
@@ -19,6 +20,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import sys
 import tempfile
 import time
@@ -178,12 +180,60 @@ def files(count, seed):
     return found, *slowest
 
 
+BEHIND = "million|dozen|is wrong|or more|\\text{ or not}|pi|\\pi|!|i|km/h|^2|_7|,7|, 345|/7|% off".split("|")
+BEFORE = "not |\\neq |\\geq|about |\\sqrt|7|7, |y=7+|x\\not=|5=|\\{".split("|")
+UNITS = {"\\$": "€", "cents": "dollars", "inches": "feet", "cm": "feet", "\\circ": "\\prime", "%": "°"}
+
+
+def mutations(gold):
+    """{kind: [wrong answers]}, each one mistake away from the gold."""
+    put = lambda i, new, length=1: gold[:i] + new + gold[i + length:]
+    numbers = [range(*m.span()) for m in re.finditer(r"[0-9]*\.?[0-9]+", gold)]
+    digits = [(i, span[0]) for span in numbers for i in span if gold[i] != "."]
+    zeros = [i for i, start in digits if gold[i] == "0" and (i == start or "." in gold[start:i])]
+    skipped = r"\\[A-Za-z]+\{?|cents|inches|degrees|cm"
+    marks = [m.start() for m in re.finditer(skipped + r"|([0-9A-Za-z+*/=<>|!()\[\]-])", gold) if m[1]]
+    body = re.fullmatch(r"(\$?[(\[]?)([^\\{}()\[\]$=]+)([)\]]?\$?)", gold)  # elements without inner brackets
+    parts = body[2].split(",") if body and "," in body[2] else []
+    lists = [parts[:i] + parts[i + 1:] for i in range(len(parts))] + [parts + parts[:1]] * bool(parts)
+    lists += [parts[:i] + [b, a] + parts[i + 2:] for i, (a, b) in enumerate(zip(parts, parts[1:]))
+              if a.strip() != b.strip()]
+    return {"digit": [put(i, new) for i, _ in digits for new in set("0123456789") - {gold[i]}],
+            "sign": [put(span[0], "-", 0) for span in numbers if gold[span[0]:span[-1] + 1].strip("0.")],
+            "bracket": [put(i, new) for i in marks if gold[i] in "()[]" for new in set("()[]") - {gold[i]}],
+            "elements": [body[1] + ", ".join(other) + body[3] for other in lists],
+            "unit": [gold.replace(unit, other) for unit, other in UNITS.items() if unit in gold],
+            "words": [f"{gold} {word}" for word in BEHIND] + [word + gold for word in BEFORE],
+            "dropped": [put(i, "") for i in marks if i not in zeros]}
+
+
+def golds(paths, count, seed):
+    """({"kind refused": number}, slowest seconds, its text) of a seeded batch of real answers made wrong."""
+    rng, found, slowest = random.Random(seed), collections.Counter(), (0.0, "")
+    with contextlib.redirect_stdout(None):
+        problems = {problem.answer: problem for path in paths for problem in reward.load_problems(path)}
+    while found.total() < count:
+        problem = rng.choice(list(problems.values()))
+        kind, wrong = rng.choice(list(mutations(problem.answer).items()))
+        if wrong:
+            text = rng.choice(["\\boxed{%s}", "#### %s", "Answer: $%s$"]) % rng.choice(sorted(wrong))
+            started = time.thread_time()
+            assert not reward.score(problem, text).answer, f"{kind}: {text} is accepted for {problem.answer}"
+            slowest = max(slowest, (time.thread_time() - started, repr(text)))
+            found[f"{kind} refused"] += 1
+    return found, *slowest
+
+
 def main():
     parser = argparse.ArgumentParser(description="Fuzz the scorers or the loaders.")
-    parser.add_argument("what", nargs="?", choices=("strings", "files"), default="strings")
-    parser.add_argument("--count", type=int, help="1,000,000 strings or 20,000 files where not given")
+    parser.add_argument("what", nargs="?", choices=("strings", "files", "golds"), default="strings")
+    parser.add_argument("--count", type=int, help="1,000,000 strings, 20,000 files or 10,000 golds")
+    parser.add_argument("--data", nargs="+", default=[], help="JSONL files of problems, for golds")
     args = parser.parse_args()
-    work, batch, count = {"strings": (strings, 1_000, 1_000_000), "files": (files, 100, 20_000)}[args.what]
+    if args.what == "golds" and not args.data:
+        parser.error("golds needs --data")
+    work, batch, count = {"strings": (strings, 1_000, 1_000_000), "files": (files, 100, 20_000),
+                          "golds": (functools.partial(golds, args.data), 2_500, 10_000)}[args.what]
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1",
                    "PYTHONWARNINGS": "ignore"}  # of the workers
     found, slowest = collections.Counter(), (0.0, "")

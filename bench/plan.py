@@ -5,6 +5,7 @@
 Each case runs in a process of its own. Freed memory must go back to the system at once for the peaks to mean anything, hence
 MALLOC_MMAP_THRESHOLD_.
 """
+import argparse
 import json
 import os
 import subprocess
@@ -24,11 +25,10 @@ from sample import sample
 CONFIG = {"model_type": "qwen3", "vocab_size": 16_384, "hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8,
           "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 64, "rms_norm_eps": 1e-6, "max_position_embeddings": 4096,
           "tie_word_embeddings": True}
-PROMPT = 64
 CASES = {"float32": "", "micro-batch of 512 tokens": "--micro-batch-tokens 512", "KL": "--kl-coef 0.1",
          "checkpointed layers": "--checkpoint-layers", "LoRA": "--lora-rank 16 --kl-coef 0.1",
          "LoRA, checkpointed": "--lora-rank 16 --checkpoint-layers", "bfloat16": "--dtype bfloat16",
-         "bfloat16, also the moments": "--dtype bfloat16 --optimizer-dtype bfloat16"}
+         "long prompts": "--micro-batch-tokens 1024 --prompt-tokens 256"}
 
 
 def peak():
@@ -58,33 +58,40 @@ def measure(args):
 
 def step(args, model, reference):
     """Peaks of sampling and of the update; of the second step, since in the first AdamW's moments are not there yet."""
-    optimizer, random = Optimizer(model, args.lr, getattr(torch, args.optimizer_dtype)), torch.Generator().manual_seed(0)
-    prompts = torch.randint(1, 1000, (args.prompts_per_step, PROMPT)).tolist()
+    optimizer, random = Optimizer(model, args.lr), torch.Generator().manual_seed(0)
+    prompts = torch.randint(1, 1000, (args.prompts_per_step, args.prompt_tokens)).tolist()
     rollouts = None
     for _ in range(2):
         peak()
         rollouts = sample(model, prompts, args.group_size, random, args.max_new_tokens, rows=args.rollout_rows)
         sampling = peak()
-        update(args, model, reference, optimizer, prompts, rollouts, torch.randn(rollouts.lengths.shape), random)
+        update(model, reference, optimizer, prompts, rollouts, torch.randn(rollouts.lengths.shape), random,
+               **train.update_settings(args))
         updating = peak()
     return sampling, updating
 
 
+def flags(learner, more):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--prompt-tokens", type=int, default=64)
+    own, rest = parser.parse_known_args(more)
+    args = train.parse_flags(["--learner", learner, "--data", "any", "--explorer", "none", "--prompts-per-step", "4", "--group-size", "8",
+                              "--max-new-tokens", "64", "--minibatches", "1", "--micro-batch-tokens", "2048", *rest])
+    return argparse.Namespace(**vars(args), **vars(own))
+
+
 def main():
-    flags = ["--prompts-per-step", "4", "--group-size", "8", "--max-new-tokens", "64", "--minibatches", "1", "--explorer", "none",
-             "--micro-batch-tokens", "2048"]
     if len(sys.argv) > 1:
-        print(json.dumps(measure(train.parse_args([*flags, *sys.argv[1:]]))))
+        print(json.dumps(measure(flags("any", sys.argv[2:]))))
         return
     print(f"{'':30}{'planned':>19}{'measured':>19}{'measured/planned':>22}\n{'GiB':30}" + f"{'sampling':>11}{'update':>8}" * 3)
     with tempfile.TemporaryDirectory() as directory:
         Path(directory, "config.json").write_text(json.dumps(CONFIG))
         for name, more in CASES.items():
-            args = train.parse_args([*flags, "--learner", directory, *more.split()])
-            args.explorer, args.schedule, args.mix_steps = [], "none", 1
-            planned = [sum(parts.values()) for parts in plan(args, PROMPT)[0].values()]
+            args = flags(directory, more.split())
+            planned = [sum(parts.values()) for parts in plan(args, args.prompt_tokens)[0].values()]
             environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "262144"}
-            out = subprocess.run([sys.executable, __file__, *more.split(), "--seed", "0"], env=environment, text=True,
+            out = subprocess.run([sys.executable, __file__, "case", *more.split()], env=environment, text=True,
                                  stdout=subprocess.PIPE, check=True)
             measured = json.loads(out.stdout.splitlines()[-1])
             ratios = [m / p for m, p in zip(measured, planned)]

@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -178,9 +179,10 @@ def pretrain(name, tokenizer, corpus, size, epochs, seed, device="cpu", stop_aft
 
 
 def make_family(out, task="habit", seed=0, noise=0.01, sizes=None, corpus_size=None, epochs=None, device="cpu"):
-    """Pretrains the family into directory `out`, which appears only when it is complete."""
+    """Pretrains the family into directory `out`, which appears only when it is complete. Of several processes that
+    make it at once, the first to end has made it."""
     out = Path(out)
-    partial = out.with_name(out.name + ".partial")
+    partial = out.with_name(f"{out.name}.partial-{os.getpid()}-{time.time_ns()}")  # what a killed one leaves harms nobody
     sizes = sizes or SIZES[task]
     corpus_size, epochs = corpus_size or CORPUS[task][0], epochs or CORPUS[task][1]
     tokenizer = make_tokenizer(partial)
@@ -197,7 +199,12 @@ def make_family(out, task="habit", seed=0, noise=0.01, sizes=None, corpus_size=N
                     seconds=round(time.time() - started, 1))
     (partial / "family.json").write_text(json.dumps(settings, indent=2))
     (partial / "tokenizer.json").unlink()
-    os.replace(partial, out)
+    try:
+        os.rename(partial, out)
+    except OSError:
+        if not out.exists():
+            raise
+        shutil.rmtree(partial)
 
 
 def main():

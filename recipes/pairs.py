@@ -1,11 +1,10 @@
 """Base pairs for the study of recipes/claims.py: made, measured and qualified before any RL.
 
-A pair is an explorer and a learner that recipes/family.py pretrains from one seed (own corpus, table of habits, initial
-weights, problems) into runs/claims/TASK-SEED. Its relatives are other models pretrained on the same corpus, or (`noise`) on
-one with the same table and other writers.
+A pair is an explorer and a learner that recipes/family.py pretrains from one seed (own corpus, table of habits,
+initial weights, problems) into runs/claims/TASK-SEED. Its relatives are other models pretrained on the same
+corpus, or (`noise`) on one with the same table and other writers.
 """
 import functools
-import os
 import sys
 from pathlib import Path
 
@@ -15,20 +14,22 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import model as models
 import reward
-from recipes.family import CORPUS, make_corpus, make_family, make_tokenizer, pretrain
-from sample import Rollouts, decode, encode_prompt, sample
+from eval import evaluate
+from recipes.explorers import thinned
+from recipes.family import CORPUS, make_corpus, make_family, pretrain
+from sample import sample
 
 RUNS = Path("runs/claims")
 FIRST_PAIR = 10  # seeds below it are for searching
-LADDER = {"habit": {"narrow": (24, 2), "explorer": (32, 2), "middle": (48, 2), "learner": (64, 3)},  # width, layers
-          "natural": {"narrow": (32, 2), "explorer": (48, 2), "middle": (64, 3), "learner": (96, 3)}}
+LADDER = {  # width, layers
+    "habit": {"narrow": (24, 2), "explorer": (32, 2), "middle": (48, 2), "learner": (64, 3)},
+    "natural": {"narrow": (32, 2), "explorer": (48, 2), "middle": (64, 3), "learner": (96, 3)}}
 RELATIVES = {  # what differs from the learner's pretraining
     "narrow": {"like": "narrow"}, "middle": {"like": "middle"},  # other sizes
-    "twin": {"init": 1_000},                                     # other initial weights, corpus in another order
-    "early": {"stop_after": 4},                                  # the learner before it has learnt the habits
-    **{f"noise {percent}%": {"noise": percent / 100} for percent in (0, 8, 32)},  # learners of stronger and weaker habits
-    **{f"epoch {n}": {"like": "explorer", "stop_after": n} for n in (3, 4)},      # explorers that execute less well
-}
+    "twin": {"init": 1_000},                           # other initial weights, corpus in another order
+    "early": {"stop_after": 4},                        # the learner before it has learnt the habits
+    **{f"noise {percent}%": {"noise": percent / 100} for percent in (0, 8, 32)},  # stronger and weaker habits
+    **{f"epoch {n}": {"like": "explorer", "stop_after": n} for n in (3, 4)}}      # explorers that execute less well
 
 
 def directory(task, pair):
@@ -36,57 +37,54 @@ def directory(task, pair):
 
 
 def make_member(task, pair, name):
-    """Pretrains one model of a pair unless it is there; it appears only when it is complete. "pruned" is the learner
-    without its middle layer, and without any training after that."""
+    """Pretrains one model of a pair unless it is there. "pruned" is the learner without its middle layer, and
+    without any training after that."""
     base = directory(task, pair)
     if not base.exists():
         make_family(base, task, pair)
     if (base / name).exists():
         return
-    partial = base / f"{name}.partial"
+    member, tokenizer = models.load(base / "learner")
     if name == "pruned":
-        member, tokenizer = models.load(base / "learner")
         del member.layers[len(member.layers) // 2]
         member.hf_config = member.hf_config | {"num_hidden_layers": len(member.layers)}
     else:
         change, (size, epochs) = RELATIVES[name], CORPUS[task]
-        tokenizer = make_tokenizer(partial)
         corpus = make_corpus(task, size, pair, change.get("noise", 0.01))
         member = pretrain(name, tokenizer, corpus, LADDER[task][change.get("like", "learner")], epochs,
                           pair + change.get("init", 0), stop_after=change.get("stop_after"))
-    models.save(member, tokenizer, partial)
-    os.replace(partial, base / name)
+    models.save(member, tokenizer, base / name)
 
 
 @functools.cache
 def measure(task, pair, name, n, thin=False, temperature=1.0, problems=128):
-    """What a model does on its pair's held-out problems, n rollouts each: numbers of right ones per problem, and how much
-    groups of 16 vary. In `habit` a solution has a *method*, its operator, and is *executed* if every step is right under
-    that operator, whether or not the problem asked for it."""
+    """What a model does on its pair's held-out problems, n rollouts each: numbers of right ones per problem, and
+    how much groups of 16 vary. In `habit` a solution has a *method*, its operator, and is *executed* if every
+    step is right under that operator, whether or not the problem asked for it."""
     base = directory(task, pair)
     model, tokenizer = models.load(base / name)
     problems = reward.load_problems(base / "heldout.jsonl")[:problems]
-    prompts = [encode_prompt(problem, tokenizer) for problem in problems]
-    write, random = thinned if thin else sample, torch.Generator().manual_seed(0)
-    texts = decode(write(model, prompts, n, random, 16, temperature, from_explorer=thin), tokenizer)  # [P][n]
-    right = np.array([[reward.score(problem, text) for text in group] for problem, group in zip(problems, texts)])
-    groups = [texts_of[i:i + 16] for texts_of in texts for i in range(0, n - 15, 16)]
+    write = functools.partial(sample, model, max_new_tokens=16, temperature=temperature)
+    seeded = torch.Generator().manual_seed(0)
+    found = evaluate(thinned(write) if thin else write, tokenizer, problems, n, seeded)
+    texts = found["texts"]  # [P][n]
+    groups = [of_one[i:i + 16] for of_one in texts for i in range(0, n - 15, 16)]
     distinct = lambda part: float(np.mean([len({part(text) for text in group}) for group in groups]))
-    found = {"answer": right[..., 0].sum(1).tolist(), "strict": right[..., 1].sum(1).tolist(),
+    found = {"answer": found["answer"], "strict": found["strict"],
              "distinct answers": distinct(lambda text: text[-1:]), "distinct texts": distinct(lambda text: text)}
     if task == "habit":
         executed = [text[:1] in reward.OPERATIONS and text == reward.habit_solution(problem.question, text[0])
                     for problem, group in zip(problems, texts) for text in group]
-        shares = [np.array([sum(text[:1] == method for text in group) / n for method in {text[:1] for text in group}])
-                  for group in texts]
+        methods = [[text[:1] for text in group] for group in texts]
+        shares = [np.array([group.count(method) / n for method in set(group)]) for group in methods]
         found |= {"executed": float(np.mean(executed)), "distinct methods": distinct(lambda text: text[:1]),
                   "method entropy": float(np.mean([-(p * np.log(p)).sum() for p in shares]))}  # nats
     return found
 
 
 def qualified(task, count):
-    """The first `count` pairs whose explorer executes (at least .8 of its rollouts) and mixes methods (entropy at least .5
-    nats). `natural` has no methods: all its pairs count."""
+    """The first `count` pairs whose explorer executes (at least .8 of its rollouts) and mixes methods (entropy
+    at least .5 nats). `natural` has no methods: all its pairs count."""
     pairs, pair = [], FIRST_PAIR
     while len(pairs) < count:
         make_member(task, pair, "explorer")
@@ -94,19 +92,7 @@ def qualified(task, count):
         if found["executed"] >= 0.8 and found["method entropy"] >= 0.5:
             pairs.append(pair)
         else:
-            print(f"pair {pair} does not qualify: executed {found['executed']:.2f}, entropy {found['method entropy']:.2f}")
+            print(f"pair {pair} does not qualify: executed {found['executed']:.2f}, "
+                  f"entropy {found['method entropy']:.2f}")
         pair += 1
     return pairs
-
-
-def thinned(model, prompts, n, *args, from_explorer=False, **settings):
-    """`sample`, but an explorer's group holds rollouts of one method only, that of its first rollout: each method comes as
-    often as before, and a group has none of the explorer's diversity. Chosen out of 4 times as many. The learner's groups
-    are left as they are."""
-    if not from_explorer:
-        return sample(model, prompts, n, *args, **settings)
-    pool = sample(model, prompts, 4 * n, *args, from_explorer=True, **settings)
-    same = pool.ids[:, :, 0] == pool.ids[:, :1, 0]  # [P, 4n]
-    order = (~same).int().argsort(dim=1, stable=True)  # rollouts of the first one's method stand first
-    chosen = order.gather(1, torch.arange(n) % same.sum(1, keepdim=True))  # [P, n], repeated where they are too few
-    return Rollouts(**{name: x[torch.arange(len(prompts))[:, None], chosen] for name, x in vars(pool).items()})

@@ -1,0 +1,77 @@
+"""Other explorers: values of the seam explore(prompts, n, generator) -> Rollouts [P, n].
+
+    python recipes/explorers.py fleet --also MODEL [--also MODEL]        several, who share the work
+    python recipes/explorers.py hot-copy --explorer-temperature 1.6      the initial learner, hotter
+    python recipes/explorers.py thinned                                  groups of one method each
+
+All take train.py's flags too. The last two are controls: noise without another policy, and another policy
+without its variety within a group.
+"""
+import argparse
+import copy
+import sys
+from functools import partial, reduce
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import train
+from sample import Rollouts, join
+
+
+def fleet(explores):
+    """Several explorers share n as evenly as it goes, the last ones first to get one more."""
+    def explore(prompts, n, generator):
+        counts = [(n + i) // len(explores) for i in range(len(explores))]
+        parts = [write(prompts, count, generator) for write, count in zip(explores, counts) if count]
+        return reduce(join, parts)
+    return explore
+
+
+def thinned(write):
+    """A group holds rollouts of one method only, that of its first rollout: each method comes as often as
+    before. They are chosen out of 4n. The method is the first token, as in the task `habit`."""
+    def explore(prompts, n, generator):
+        pool = write(prompts, 4 * n, generator)
+        same = pool.ids[:, :, 0] == pool.ids[:, :1, 0]  # [P, 4n]
+        order = (~same).int().argsort(dim=1, stable=True)  # rollouts of the first one's method stand first
+        places = torch.arange(n, device=order.device) % same.sum(1, keepdim=True)  # repeated where too few
+        chosen = order.gather(1, places)  # [P, n]
+        return Rollouts(**{name: x[torch.arange(len(x))[:, None], chosen] for name, x in vars(pool).items()})
+    return explore
+
+
+def hot_copy(args, run):
+    """The initial learner, frozen, at --explorer-temperature."""
+    return train.frozen_model(args, run, copy.deepcopy(run.learner))
+
+
+def open_fleet(args, run, also):
+    """Opens --explorer and those of --also, each as train.py does."""
+    explores, weights = [], []
+    for name in (args.explorer, *also):
+        explores.append(train.open_explorer(argparse.Namespace(**vars(args) | {"explorer": name}), run))
+        weights.append(run.weights["explorer"])
+    run.weights["explorer"] = weights
+    for explore in explores:
+        if explore.func is train.sample:  # the first knows nothing yet of the last one's stop tokens
+            explore.args[0].stop_ids = run.learner.stop_ids
+    return fleet(explores)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Train with another explorer. Other flags are train.py's.")
+    parser.add_argument("kind", choices=("fleet", "hot-copy", "thinned"))
+    parser.add_argument("--also", action="append", default=[], help="fleet: one more beside --explorer")
+    own, flags = parser.parse_known_args(argv)
+    if own.kind == "fleet":
+        train.main(flags, open_explorer=partial(open_fleet, also=own.also))
+    elif own.kind == "hot-copy":
+        train.main([*flags, "--explorer", "hot-copy"], open_explorer=hot_copy)
+    else:
+        train.main(flags, open_explorer=lambda args, run: thinned(train.open_explorer(args, run)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""InternLM2 -> Llama, once: the same network under other names, with q, k and v in one matrix.
+
+    python recipes/internlm2.py internlm/internlm2_5-1_8b --out models/internlm2_5-1_8b
+
+What it writes is an ordinary Llama checkpoint for train.py and transformers alike. No code of the source is
+run. To read its tokeniser takes `pip install sentencepiece protobuf`.
+"""
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from model import find_file
+
+NAMES = {"tok_embeddings": "embed_tokens", "output.weight": "lm_head.weight",
+         "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+         "attention.wo": "self_attn.o_proj", "feed_forward.w1": "mlp.gate_proj",
+         "feed_forward.w2": "mlp.down_proj", "feed_forward.w3": "mlp.up_proj"}
+
+
+def as_llama(name, tensor, heads, key_heads):
+    """{name: tensor} of one of InternLM2's tensors. In wqkv, the query heads of each key head are followed by
+    that key head and its value head."""
+    if "attention.wqkv" in name:
+        groups = tensor.view(key_heads, heads // key_heads + 2, -1, tensor.shape[1])  # [K, H/K + 2, h, D]
+        parts = groups[:, :-2].flatten(0, 2), groups[:, -2].flatten(0, 1), groups[:, -1].flatten(0, 1)
+        return {name.replace("attention.wqkv", f"self_attn.{x}_proj"): part for x, part in zip("qkv", parts)}
+    for old, new in NAMES.items():
+        name = name.replace(old, new)
+    return {name: tensor}
+
+
+def convert(source, out):
+    """Writes the directory `out`, a file of weights for each of the source's."""
+    from transformers import AutoTokenizer
+    config, index = (json.loads(Path(path).read_text()) if path else None for path in (
+        find_file(source, "config.json"), find_file(source, "model.safetensors.index.json", required=False)))
+    if config["model_type"] != "internlm2" or config.pop("bias", False):
+        raise ValueError(f"{source} is no internlm2 checkpoint without biases")
+    # add_bos_token: InternLM2's own tokeniser, whose code is not run, adds one.
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, add_bos_token=True)
+    tokenizer.init_kwargs.pop("auto_map", None)
+    tokenizer.save_pretrained(out)
+    weight_map = {}
+    for shard in sorted(set(index["weight_map"].values())) if index else ["model.safetensors"]:
+        weights = {}
+        for name, tensor in load_file(find_file(source, shard)).items():
+            weights |= as_llama(name, tensor, config["num_attention_heads"], config["num_key_value_heads"])
+        weights = {name: tensor.contiguous() for name, tensor in weights.items()}
+        save_file(weights, out / shard, {"format": "pt"})
+        weight_map |= dict.fromkeys(weights, shard)
+    if index:
+        index |= {"weight_map": weight_map}
+        (out / "model.safetensors.index.json").write_text(json.dumps(index))
+    if generation := find_file(source, "generation_config.json", required=False):
+        shutil.copy(generation, out)
+    config |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    config.pop("auto_map", None)
+    (out / "config.json").write_text(json.dumps(config, indent=2))  # last: without it, `out` is no checkpoint
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Convert an InternLM2 checkpoint to a Llama directory.")
+    parser.add_argument("source", help="a directory or a Hugging Face hub name")
+    parser.add_argument("--out", required=True, type=Path, help="directory to write")
+    args = parser.parse_args()
+    try:
+        convert(args.source, args.out)
+    except (ValueError, OSError, KeyError) as error:
+        parser.exit(2, f"internlm2.py: error: {error}\n")
