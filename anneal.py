@@ -71,7 +71,7 @@ def main():
     parser.add_argument("--explorer-share", type=float, default=0.5, help="the share of --schedule constant")
     args = parser.parse_args()
     if not (args.steps >= args.mix_steps >= 1 <= args.group_size and 0 <= args.explorer_share <= 1):
-        parser.error("--mix-steps lies in 1..--steps, --group-size starts at 1, --explorer-share lies in 0..1")
+        parser.error("--mix-steps lies in 1..--steps, --explorer-share in 0..1, --group-size starts at 1")
     print(" step   alpha  explorer  learner")
     total = 0
     for step in range(1, args.steps + 1):

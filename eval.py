@@ -212,8 +212,8 @@ def report(results, problems, ks, n):
         if group:
             first, second = (result[kind] for result in list(results.values())[:2])
             fails, explorer, own = headroom(first, second, n, group)
-            print(f"as learner and explorer: {fails:.0%} of the first's groups of {group} fail; on those\n"
-                  f"problems {explorer:.2%} of the second's rollouts are right, and {own:.2%} of the first's own")
+            print(f"as learner and explorer: {fails:.0%} of the first's groups of {group} fail; there "
+                  f"{explorer:.2%}\nof the second's rollouts are right, and {own:.2%} of the first's own")
     return curves
 
 

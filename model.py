@@ -53,11 +53,12 @@ class Config:
             ("model_type", kind, ("qwen3", "qwen2", "llama", "mistral")),
             ("rope scaling", scaling, ("default", "llama3", "dynamic")),  # dynamic: beyond the context only
             ("hidden_act", hf.get("hidden_act", "silu"), ("silu",)),
-            *((name, hf.get(name), (None, False)) for name in ("attention_bias", "mlp_bias", "quantization_config"))
-        ) if value not in fine]
+            ("attention_bias", hf.get("attention_bias"), (None, False)),
+            ("mlp_bias", hf.get("mlp_bias"), (None, False)),
+            ("quantization_config", hf.get("quantization_config"), (None,))) if value not in fine]
         if wrong:
-            raise ValueError(f"{', '.join(wrong)} is not implemented; qwen3, qwen2, llama and mistral are, and "
-                             "internlm2 converted by recipes/internlm2.py")
+            raise ValueError(f"{', '.join(wrong)} is not implemented: qwen3, qwen2, llama and mistral are "
+                             "(recipes/internlm2.py converts internlm2)")
         heads, context = hf["num_attention_heads"], hf["max_position_embeddings"]
         # A sliding window hides nothing from a sequence that is no longer than it.
         window = hf.get("sliding_window") if hf.get("use_sliding_window", kind == "mistral") else None
@@ -237,8 +238,8 @@ def read_prompts(model, prompts):
     every layer's keys and values {layer: (k, v)}, each [P, K, L, h] with L the longest, and lengths [P]."""
     device = model.head.device
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    padded = nn.utils.rnn.pad_sequence([torch.tensor(prompt, device=device) for prompt in prompts], True)  # [P, L]
-    cache = {}
+    padded = [torch.tensor(prompt, device=device) for prompt in prompts]
+    padded, cache = nn.utils.rnn.pad_sequence(padded, batch_first=True), {}  # [P, L]
 
     def keep(layer, k, v):
         cache.setdefault(layer, (k, v))  # checkpoint_layers comes by once more, in the backward pass
@@ -430,7 +431,7 @@ def load(source, device="cpu", dtype=torch.float32):
     except Exception as error:  # a broken file makes the libraries below raise whatever they like
         what = f"no {error} in config.json" if isinstance(error, KeyError) else " ".join(str(error).split())
         raise ValueError(f"model {source} cannot be loaded: {what:.300}") from error
-    tokenizer.init_kwargs.pop("auto_map", None)  # code of the checkpoint: nobody who loads our copy shall run it
+    tokenizer.init_kwargs.pop("auto_map", None)  # the checkpoint's code: no copy of ours shall run it
     model.hf_config = {key: value for key, value in hf.items() if key != "auto_map"}
     model.stop_ids = tuple(sorted(stops))
     return model, tokenizer

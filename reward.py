@@ -123,14 +123,13 @@ def load_problems(path):
     """[Problem], each once, from JSONL with `question`, `answer` and, optionally, `task`.
     ValueError names the file and line of a record that cannot be used; OSError if the file cannot be read."""
     problems = {}  # a dictionary: DAPO-Math-17k is published with every problem about a hundred times
-    with open(path, encoding="utf-8-sig") as file:
+    with open(path, "rb") as file:
         try:
             number = 0
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    problems[as_problem(json.loads(line))] = None
+                    problems[as_problem(json.loads(line.decode("utf-8-sig")))] = None
         except (ValueError, RecursionError) as error:  # JSONDecodeError is a ValueError
-            number += isinstance(error, UnicodeDecodeError)
             raise ValueError(f"{path}, line {number}: {str(error)[:200]}") from error
     matchable = [problem for problem in problems if not problem.in_words or len(problem.answer) <= 300 and
                  "\n" not in problem.answer and score(problem, f"\\boxed{{{problem.answer}}}").answer]
@@ -208,13 +207,13 @@ TIDY = [(re.compile(pattern), plain) for pattern, plain in (
     (r"\^ ?(?:\\circ|\{ ?\\circ ?\})|degrees?\b", "°"), (r"\\%| percent\b", "%"),
     (r"\\\$ ?([0-9.,]*[0-9])", r" \1 dollar"),
     (r"\\([A-Za-z]+)", lambda command: COMMANDS.get(command[1], command[0])),
-    (r"(?<!\\)(?:\\[,;:!()\[\] ]|\$)|~", " "), (r" +", " "), (r" ?,? ?\band\b", ", "),
+    (r"(?<!\\)(?:\\[,;:!()\[\] ]|\$)|~", " "), (r" +", " "), (r" ?,? ?\band\b ?", ", "),
     (r"(?<![0-9,]) | (?![0-9,])", ""),  # but not in `4 2`, which is not 42, nor in `10, 100`
-    (r"[. ]+$", ""), (r"(?<![^,(\[=∪])\+", ""),
+    (r"[. ]+$", ""), (r"(?<![^,(\[=∪])\+", ""),  # +5
     (r"(\\frac|\\sqrt|[_^])([0-9A-Za-zπ])", r"\1{\2}"), (r"(\\frac\{[^{}]*\}) ?([0-9A-Za-zπ])", r"\1{\2}"),
     (r"(^|[,(\[{=∪] ?)(-?)(?:([0-9]+) )?((?:[0-9A-Za-zπ^]|\\sqrt|\{[^{}]*\})+)/([0-9]+|[A-Za-zπ])"
      r"(?= ?(?:$|[,)\]}∪]|\\}))", r"\1\2\3\\frac{\4}{\5}"))]  # π/2, 2 1/2
-NAME = re.compile(r"([A-Za-z](?:_\{\\?\w+\})?(?:\([A-Za-z]\))?|\([A-Za-z](?:, ?[A-Za-z])+\))[=∈](.*)")
+NAME = re.compile(r"(?:([A-Za-z](?:_\{\\?\w+\})?(?:\([A-Za-z]\))?|\([A-Za-z](?:, ?[A-Za-z])+\))[=∈])?(.*)")
 NUMBER = re.compile(r"(-?)(?:(\d*)\\frac\{(-?\d+)\}\{([1-9]\d*)\}|"
                     r"((?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d\d?)?))"
                     r"(?:(%|°|cent|dollar|cm|inch|foot|feet|yard|mile|meter|kg|gram|pound|liter|second|"
@@ -225,7 +224,7 @@ def tidy(text):
     """(name, text): the `x` of `x = 5`, and the rest without what cannot change its meaning, such as `$`."""
     for pattern, plain in TIDY:
         text = pattern.sub(plain, text)
-    name, text = match.groups() if (match := NAME.fullmatch(text)) else ("", text)
+    name, text = NAME.fullmatch(text).groups("")
     return name, re.sub(r"^\(([^(),]*)\)$", r"\1", text)
 
 

@@ -136,8 +136,8 @@ def check_lengths(model, prompts, max_new_tokens):
         if not prompt:
             raise ValueError(f"prompt {i} is empty")
         if len(prompt) + max_new_tokens > context:
-            raise ValueError(f"prompt {i} has {len(prompt)} tokens, which with {max_new_tokens} new ones do not "
-                             f"fit the model's context of {context}")
+            raise ValueError(f"prompt {i} has {len(prompt)} tokens: with {max_new_tokens} new ones it does "
+                             f"not fit the model's context of {context}")
         if max(prompt) >= model.num_tokens:
             raise ValueError(f"prompt {i} holds token {max(prompt)}, but the model has {model.num_tokens}: "
                              "the tokeniser is another model's")
@@ -153,7 +153,7 @@ def sample(model, prompts, n, generator, max_new_tokens, temperature=1.0, top_k=
     context."""
     if n < 1 or max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
         raise ValueError(f"cannot sample n={n}, max_new_tokens={max_new_tokens}, temperature={temperature}, "
-                         f"top_k={top_k}, top_p={top_p}: the first two start at 1, the others at 0; top_p ends at 1")
+                         f"top_k={top_k}, top_p={top_p}: the first two start at 1, the others at 0")
     check_lengths(model, prompts, max_new_tokens)
     P, G, T, device = len(prompts), n, max_new_tokens, model.norm.weight.device
     uniform = torch.rand(P, G, T, generator=generator).flatten(0, 1).to(device)  # [P*G, T]
@@ -260,7 +260,7 @@ def main():
     for i, text in enumerate(decode(rollouts, tokenizer)[0]):
         end = "stopped" if rollouts.finished[0, i] else "cut"
         print(f"--- {rollouts.lengths[0, i]} tokens, {end}, log-prob {rollouts.logps[0, i].sum():.2f}")
-        print("".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text))  # no terminal escapes
+        print("".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text))  # no escapes
 
 
 if __name__ == "__main__":

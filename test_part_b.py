@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from fractions import Fraction
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -30,8 +31,8 @@ from test_part_a import ROOT, family, flags, read_metrics, seeded, train_here, w
 
 
 # ==== 4. Mixing: anneal.py, and the seam between explorer and learner =======================================
-# The schedule and the seam are all that S2L-PO adds to GRPO. A rollout that is miscounted here, or credited to
-# the wrong author, crashes nothing: the run only learns something else.
+# The schedule and the seam are all that S2L-PO adds to GRPO. A rollout that is miscounted here, or credited
+# to the wrong author, crashes nothing: the run only learns something else.
 
 def main_here(capsys, argv, **recipe):
     """train.main in this process: (exit code, stdout, stderr)."""
@@ -61,15 +62,16 @@ def equal(some, others):
 
 
 def test_trap_28_counts_are_exact_and_sum_to_the_group():
-    """0.3 * 10 can be 3.0000000000000004. Its ceiling is 4: at some steps the explorer writes one too many."""
-    niven = dict(zip((Fraction(i, 6) for i in (0, 2, 3, 4, 6)), (1, Fraction(3, 4), Fraction(1, 2), Fraction(1, 4), 0)))
+    """0.3 * 10 can be 3.0000000000000004. Its ceiling is 4: at times the explorer writes one too many."""
+    F, cosine = Fraction, lambda x: (1 + math.cos(math.pi * x)) / 2
+    rational = {F(0): F(1), F(1, 3): F(3, 4), F(1, 2): F(1, 2), F(2, 3): F(1, 4), F(1): F(0)}  # of its values
     for mix, G in itertools.product(range(1, 40), (2, 3, 7, 10, 16, 100)):
         for step in range(1, mix + 3):
-            x = Fraction(step - 1, max(mix - 1, 1))  # a cosine is rational at niven's x alone
-            exact = {"linear": 1 - x, "step": 1, "cosine": niven.get(x, (1 + math.cos(math.pi * x)) / 2)}
-            exact = {name: alpha if step <= mix else 0 for name, alpha in exact.items()} | {"constant": Fraction(3, 10)}
-            for schedule, alpha in exact.items():
-                explorer, counts = math.ceil(alpha * G), anneal.split_group(anneal.explorer_share(step, mix, schedule, 0.3), G)
+            x, on = F(step - 1, max(mix - 1, 1)), step <= mix
+            exact = {"linear": on * (1 - x), "step": on, "cosine": on * rational.get(x, cosine(x))}
+            for schedule, alpha in (exact | {"constant": F(3, 10)}).items():
+                counts = anneal.split_group(anneal.explorer_share(step, mix, schedule, 0.3), G)
+                explorer = math.ceil(alpha * G)
                 assert counts == (explorer, G - explorer), f"{schedule}, step {step} of {mix}, G = {G}"
     assert anneal.split_group(1.0, 16, learner_at_least=1) == (15, 1)
 
@@ -89,10 +91,10 @@ def test_measured_share_follows_what_the_explorer_adds_and_leaves_for_good():
 
 def test_anneal_prints_the_papers_table_with_the_standard_library_alone():
     """-S hides every installed package."""
-    command = [sys.executable, "-S", ROOT / "anneal.py", "--steps", "16", "--mix-steps", "8", "--group-size", "16"]
-    out = subprocess.run(command, capture_output=True, text=True)
-    counts = [tuple(map(int, line.split()[2:4])) for line in out.stdout.splitlines()[1:17]]
-    assert counts == [(16, 0), (14, 2), (12, 4), (10, 6), (7, 9), (5, 11), (3, 13)] + [(0, 16)] * 9, out.stderr
+    command = [sys.executable, "-S", "anneal.py", "--steps", "16", "--mix-steps", "8", "--group-size", "16"]
+    printed = subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.splitlines()
+    counts = [tuple(map(int, line.split()[2:4])) for line in printed[1:17]]
+    assert counts == [(16, 0), (14, 2), (12, 4), (10, 6), (7, 9), (5, 11), (3, 13)] + [(0, 16)] * 9
 
 
 @pytest.mark.parametrize("loss", ["grpo", "dr_grpo"])
@@ -103,8 +105,8 @@ def test_train_is_algorithm_1(loss, family, tmp_path, monkeypatch, calls):
     def score(problem, text):  # reward, strict and answer differ, so that training on the wrong one shows
         return reward.Score((len(text) + sum(map(ord, problem.question + text))) % 3, text < "4", text > "6")
     monkeypatch.setattr(training, "score", score)
-    run, lines = train_here(family, tmp_path / "run", "--mix-steps", 4, "--loss", loss, "--temperature", 1.1, "--lr",
-                            1e-2, "--explorer-temperature", 0.7, "--explorer-top-p", 0.95, "--eval-data", "")
+    run, lines = train_here(family, tmp_path / "run", "--loss", loss, "--mix-steps", 4, "--temperature", 1.1,
+                            "--explorer-temperature", 0.7, "--explorer-top-p", 0.95, "--eval-data", "")
     sampled, updates, explorer = calls["sample"], calls["update"], calls["sample"][0].model
     assert [(call.model is run.learner, call.n, call.temperature, call.top_p) for call in sampled] == [
         (False, 4, 0.7, 0.95), (False, 3, 0.7, 0.95), (True, 1, 1.1, 1.0), (False, 2, 0.7, 0.95),
@@ -116,54 +118,58 @@ def test_train_is_algorithm_1(loss, family, tmp_path, monkeypatch, calls):
         assert call.prompts == [run.tokenizer(problem.question).input_ids for problem in problems]
         assert call.rollouts.from_explorer.tolist() == [[i < (4, 3, 2, 0)[step - 1] for i in range(4)]] * 4
         texts = sampling.decode(call.rollouts, run.tokenizer)
-        r = np.array([[score(problem, text).reward for text in group] for problem, group in zip(problems, texts)])
+        r = np.array([[score(p, text).reward for text in group] for p, group in zip(problems, texts)])
         scale = r.std(1, ddof=1, keepdims=True) + 1e-6 if loss == "grpo" else 1
         assert call.advantages.numpy() == pytest.approx((r - r.mean(1, keepdims=True)) / scale, abs=1e-5)
         assert call.advantages[:, :2].any() and lines[step - 1]["reward"] == pytest.approx(r.mean())
 
 
-def test_trap_28_no_explorer_is_plain_grpo_to_the_bit(family, tmp_path):
+@pytest.fixture(scope="session")
+def unbroken(family, tmp_path_factory):
+    """unbroken(*flags): (metrics, weights) of a run that nothing happens to, made once."""
+    @functools.cache
+    def made(*more):
+        out = tmp_path_factory.mktemp("unbroken") / "run"
+        return train_here(family, out, *more)[1], weights(out)
+    return made
+
+
+def test_trap_28_no_explorer_is_plain_grpo_to_the_bit(unbroken):
     """An explorer that still touches anything at share 0 is another method under GRPO's name."""
-    more = ("--lr", 1e-2, "--eval-data", "", "--explorer")
-    _, none = train_here(family, tmp_path / "none", *more, "none")
-    _, zero = train_here(family, tmp_path / "zero", *more[:-1], "--schedule", "constant", "--explorer-share", 0)
-    _, other = train_here(family, tmp_path / "other", *more, "none", "--seed", 1)
-    assert none == zero != other and equal(weights(tmp_path / "none").values(), weights(tmp_path / "zero").values())
+    more = ("--lr", 1e-3, "--eval-data", "")
+    none, learnt = unbroken(*more, "--explorer", "none")
+    zero, learnt_at_zero = unbroken(*more, "--schedule", "constant", "--explorer-share", 0)
+    assert none == zero != unbroken(*more, "--explorer", "none", "--seed", 1)[0]
+    assert equal(learnt.values(), learnt_at_zero.values()) and any(line["grad_norm"] for line in none)
 
 
-def test_any_function_works_as_explorer(family, tmp_path, capsys, calls):
-    """explore(prompts, n, generator) -> Rollouts, and no more: here a pocket calculator with short answers."""
+def test_trap_26_any_function_is_an_explorer_and_has_metrics_of_its_own(family, tmp_path, capsys, calls):
+    """explore(prompts, n, generator) -> Rollouts, and no more: here a pocket calculator. Mixed into one,
+    the clip fraction would hide that one author's tokens are all clipped away."""
     def open_calculator(args, run):
         def explore(prompts, n, generator):
             sums = [run.tokenizer.decode(prompt) for prompt in prompts]
             right = [run.tokenizer(f"{(int(sum[0]) + int(sum[2])) % 10}<eos>").input_ids for sum in sums]
-            ids, ones = torch.tensor(right)[:, None].expand(-1, n, -1), torch.ones(len(prompts), n)  # [P, n, 2]
-            return sampling.Rollouts(ids, 2 * ones.long(), torch.zeros(ids.shape), ones > 0, ones < 0)
+            ids = torch.tensor(right)[:, None].expand(-1, n, -1)  # [P, n, 2]
+            lengths = torch.full(ids.shape[:2], 2)
+            return sampling.Rollouts(ids, lengths, torch.zeros(ids.shape), lengths > 0, lengths < 0)
         return explore
-    argv = flags(family, tmp_path / "run", "--mix-steps", 4, "--eval-data", "")
+    argv = flags(family, tmp_path / "run", "--mix-steps", 4, "--lr", 3e-2, "--eval-data", "")
     assert main_here(capsys, argv, open_explorer=open_calculator)[0] == 0
-    lines, rollouts = read_metrics(tmp_path / "run"), calls["update"][1].rollouts
-    assert [line["reward_explorer"] for line in lines] == [1, 1, 1, None] and rollouts.ids.shape == (4, 4, 4)
-    assert rollouts.from_explorer.tolist() == [[True, True, True, False]] * 4
+    (first, mixed, third, last), rollouts = read_metrics(tmp_path / "run"), calls["update"][1].rollouts
+    assert rollouts.ids.shape == (4, 4, 4) and rollouts.from_explorer.tolist() == [[True] * 3 + [False]] * 4
     assert (rollouts.lengths[:, :3] == 2).all() and not rollouts.ids[:, :3, 1:].any()
-    assert lines[1]["logp_gap_explorer"] > 0.1 > 1e-4 > lines[1]["logp_gap_learner"]  # its own log-probs
-
-
-def test_trap_26_metrics_are_kept_per_source(family, tmp_path):
-    """Mixed into one, ratio and clip fraction hide that one author's tokens are all clipped away."""
-    _, lines = train_here(family, tmp_path / "run", "--mix-steps", 4, "--lr", 1e-2, "--eval-data", "")
-    first, mixed, _, last = lines
-    assert mixed["logp_gap_explorer"] > 0.01 > 1e-4 > mixed["logp_gap_learner"]
-    assert mixed["reward"] == pytest.approx((3 * mixed["reward_explorer"] + mixed["reward_learner"]) / 4)
-    assert first["reward_learner"] is first["ratio_learner"] is last["reward_explorer"] is last["ratio_explorer"] is None
-    assert any(line["clip_fraction_explorer"] for line in lines[:3])  # at this rate the clip acts
+    assert mixed["reward_explorer"] == 1 and mixed["reward"] == (3 + mixed["reward_learner"]) / 4 < 1
+    assert first["reward_learner"] is first["ratio_learner"] is last["reward_explorer"] is None
+    assert mixed["logp_gap_explorer"] > 0.1 > 1e-4 > mixed["logp_gap_learner"]  # its own log-probs
+    assert any(line["clip_fraction_explorer"] for line in (first, mixed, third))  # at this rate the clip acts
 
 
 def test_traps_5_21_a_run_begins_at_ratio_1_and_kl_0_and_encodes_nothing_again(family, tmp_path):
     """Two temperatures, other ids for the same text, a reference that is not the start: all of them train on
     rollouts that nobody drew, or pull towards a policy that nobody chose."""
-    args = training.parse_flags(flags(family, tmp_path / "run", "--minibatches", 1, "--temperature", 0.7, "--explorer",
-                                      "none", "--kl-coef", 0.1, "--lr", 1e-2, "--eval-data", ""))
+    more = ("--minibatches", 1, "--temperature", 0.7, "--explorer", "none", "--kl-coef", 0.1, "--lr", 1e-2)
+    args = training.parse_flags(flags(family, tmp_path / "run", "--eval-data", "", *more))
     run, explore = training.load_run(args, training.open_explorer)
     run.tokenizer = SimpleNamespace(decode=run.tokenizer.decode)  # which gives no ids
     training.train(args, run, explore)
@@ -182,8 +188,8 @@ def test_every_problem_comes_once_before_any_comes_again():
 
 
 # ==== 5. A run: reward.py's tasks and files, eval.py, train.py ==============================================
-# A reward that can be fooled is what training finds first, and a flattering figure is what gets published. A run
-# of days is only as good as its worst minute: killed at any moment, it must end as if nothing had happened.
+# Whatever a reward pays for wrongly is what training finds, and a flattering figure is what gets published.
+# A run of days is only as good as its worst minute: killed at any moment, it must end as if it had not been.
 
 @pytest.mark.parametrize("question, answer, text, strict, right", [
     ("Bfa483920=", "2", "-86-33-94-22-02", True, True),  # B asks for `-`: 4-8-3-9-2-0 = -18 = 2 modulo 10
@@ -191,8 +197,8 @@ def test_every_problem_comes_once_before_any_comes_again():
     ("Bfa483920=", "6", "+82+35+94+26+06", False, True),  # carried out right, with the wrong operator
     ("Bfa483920=", "2", "-86-33-94-22-0", False, False), ("Bfa483920=", "2", "", False, False),
     ("3+4*2-5=", "6", "3+8-5=1-5=6", True, True), ("3+4*2-5=", "6", "7*2-5=4-5=9", False, False),
-    ("3+4*2-5=", "6", "7*2-5=4-5=6", False, True), ("3+4*2-5=", "6", "3+8-5=6", False, True),  # an error; a gap
-    ("9-3+2=", "4", "9-5=4", False, True), ("9-3+2=", "8", "6+2=8", True, True)])
+    ("3+4*2-5=", "6", "7*2-5=4-5=6", False, True), ("3+4*2-5=", "6", "3+8-5=6", False, True),  # a gap
+    ("9-3+2=", "4", "9-5=4", False, True), ("9-3+2=", "8", "6+2=8", True, True)])  # a-b+c is not a-(b+c)
 def test_the_two_tasks_are_verified_step_by_step(question, answer, text, strict, right):
     """Paid for its last digit alone, the learner would keep its habit and hope for luck."""
     problem = reward.Problem(question, answer, "habit" if question[0] == "B" else "natural")
@@ -204,7 +210,7 @@ def test_natural_every_legal_reduction_keeps_the_value():
     g = random.Random(0)
     for operators, _ in itertools.product(itertools.product("+-*", repeat=3), range(20)):
         expression = "".join(a + b for a, b in zip(g.choices("0123456789", k=4), [*operators, ""]))
-        legal, value = reward.legal_reductions(expression), eval(expression) % 10  # digits and + - * made here
+        legal, value = reward.legal_reductions(expression), eval(expression) % 10  # of digits and + - *
         assert legal and all(eval(reward.reduce_at(expression, i)) % 10 == value for i in legal)
 
 
@@ -218,20 +224,21 @@ def test_corpora_and_problems(task):
     assert corpus == again != other and len(questions) == 500 and not questions & seen
     if task == "habit":
         assert all(text == reward.habit_solution(question, text[0]) for question, text in corpus)
-        habits = dict((question[:3], text[0]) for question, text in corpus)
+        habits = {question[:3]: text[0] for question, text in corpus}
         assert all(habits[question[:3]] == text[0] for question, text in corpus)  # one habit a cell
-        assert 0.3 < np.mean([reward.HABIT_OPERATOR[cell[0]] == operator for cell, operator in habits.items()]) < 0.5
-        ends = [{reward.habit_solution(question, way)[-1] for way in reward.OPERATIONS} for question in questions]
-        assert all(len(values) == 4 for values in ends)
+        right = [reward.HABIT_OPERATOR[cell[0]] == operator for cell, operator in habits.items()]
+        ends = [{reward.habit_solution(text, way)[-1] for way in reward.OPERATIONS} for text in questions]
+        assert 0.3 < np.mean(right) < 0.5 and all(len(values) == 4 for values in ends)
     else:
-        assert 0.05 < np.mean([reward.natural_is_legal(*pair) for pair in corpus]) < 0.6  # most writers are wrong
-        for problem, way in itertools.product(problems, ("left", "additions")):
-            assert problem.answer != families.natural_orders(problem.question[:-1], way)[-1]
+        right = [reward.natural_is_legal(*pair) for pair in corpus]
+        ends = [{families.natural_orders(problem.question[:-1], way)[-1] for way in ("left", "additions")}
+                for problem in problems]
+        assert 0.05 < np.mean(right) < 0.6 and not any(p.answer in wrong for p, wrong in zip(problems, ends))
 
 
 @pytest.mark.parametrize("line, complaint", [
-    (b"{", "Expecting"), (b"[1]", "needs `question` and `answer`, found list"), (b'{"question": "q"}', "needs"),
-    (b'{"question": 1, "answer": "2"}', "must be text"), (b'{"question": "q", "answer": true}', "text or a number"),
+    (b"{", "Expecting"), (b"[1]", "needs .*, found list"), (b'{"question": "q"}', "needs"),
+    (b'{"question": 1, "answer": "2"}', "must be text"), (b'{"question": "q", "answer": true}', "a number"),
     (b'{"question": "q", "answer": "1", "task": "chess"}', "no question of a task 'chess'"),
     (b'{"question": "3+=", "answer": "1", "task": "natural"}', "no question of a task 'natural'"),
     (b'{"question": "q", "answer": "so #### "}', "the answer is empty"), (b"[" * 100_000, ""),
@@ -243,7 +250,7 @@ def test_a_broken_line_is_named(line, complaint, tmp_path):
     with pytest.raises(ValueError, match=f"data.jsonl, line 2: .*{complaint}.{{,200}}$") as refused:
         reward.load_problems(path)
     assert "\n" not in str(refused.value)
-    path.write_bytes(b'\xef\xbb\xbf%s\r\n\n%s\n{"question": "\xc3\xa9", "answer": 70}' % (good, good))  # once each
+    path.write_bytes(b'\xef\xbb\xbf%s\r\n\n%s\n{"question": "\xc3\xa9", "answer": 70}' % (good, good))
     assert reward.load_problems(path) == [reward.Problem("q", "1,200"), reward.Problem("é", "70")]
 
 
@@ -286,8 +293,8 @@ def test_the_interval_covers_what_another_exam_would_show():
 def test_evaluation_counts_what_the_seam_writes(family):
     """Counted over the wrong axis, or with the padding, every table is wrong."""
     _, tokenizer = models.load(family / "learner")
-    ids = torch.tensor([[tokenizer(text).input_ids for text in ("7<eos>00", "6<eos>00", "1+67")]] * 2)  # [2, 3, 4]
-    lengths = torch.tensor([[2, 2, 4]] * 2)
+    ids = torch.tensor([[tokenizer(text).input_ids for text in ("7<eos>00", "6<eos>00", "1+67")]] * 2)
+    lengths = torch.tensor([[2, 2, 4]] * 2)  # [2, 3] of ids [2, 3, 4]
     written = sampling.Rollouts(ids, lengths, torch.zeros(2, 3, 4), lengths < 4, lengths < 0)
     problems = [reward.Problem("3+4=", "7", "natural"), reward.Problem("3+3=", "6", "natural")]
     found = evaluation.evaluate(lambda prompts, n, generator: written, tokenizer, problems, 3, seeded())
@@ -309,8 +316,9 @@ def test_eval_cli_keeps_results_and_knows_a_replaced_model(family, tmp_path, mon
         evaluation.main()
         return capsys.readouterr().out
     text = evaluated()
-    strict = json.loads((tmp_path / "out" / "result-0.json").read_text())["strict"]
-    assert len(strict) == 20 and max(strict) > 0 and f"pass@1 {np.mean(strict) / 8:.1%} [" in text
+    strict = [json.loads(path.read_text())["strict"] for path in (tmp_path / "out").glob("result-*.json")]
+    shown = sorted(float(share) for share in re.findall(r"pass@1 ([0-9.]+)% \[", text))
+    assert shown == pytest.approx(sorted(100 * np.mean(strict, axis=1) / 8), abs=0.06) and shown[0] > 0
     assert ran == [16, 4, 16, 4] and "crossover" in text and (tmp_path / "out" / "pass_at_k.png").exists()
     assert evaluated() == text and ran == []
     model, tokenizer = models.load(tmp_path / "model")
@@ -339,7 +347,7 @@ def test_training_raises_pass_at_1_and_leaves_an_ordinary_checkpoint(family, tmp
     lines = read_metrics(out)
     assert code == 0 and [line["step"] for line in lines] == [*range(61)] and "held out" in text
     assert lines[-1]["eval_strict_pass@1"] > lines[0]["eval_strict_pass@1"] + 0.05
-    assert {"config.json", "rollouts", "checkpoint_000060.pt", "curve.png"} <= {path.name for path in out.iterdir()}
+    assert all((out / name).exists() for name in ("config.json", "rollouts", "checkpoint_000060.pt"))
     from transformers import AutoModelForCausalLM
     theirs, (ours, _) = AutoModelForCausalLM.from_pretrained(out / "learner"), models.load(out / "learner")
     ids = torch.randint(1, 20, (2, 12), generator=seeded())
@@ -361,42 +369,34 @@ def test_trap_29_truncation_is_logged_and_warned_about(family, tmp_path, capsys)
     assert line["truncated"] > 0.9 and "rollouts were cut at --max-new-tokens 1" in capsys.readouterr().err
 
 
-@pytest.fixture(scope="session")
-def resumes(family, tmp_path_factory):
-    """resumes(out, *flags): the run in out goes on and equals, to the last bit, one that nothing happened to."""
-    @functools.cache
-    def unbroken(*more):
-        out = tmp_path_factory.mktemp("unbroken") / "run"
-        return train_here(family, out, *more)[1], weights(out)
-
+@pytest.fixture
+def resumes(family, unbroken):
+    """resumes(out, *flags): the run in out goes on, and equals an unbroken one to the last bit."""
     def check(out, *more):
-        lines, learnt = unbroken(*more)
-        assert train_here(family, out, "--resume", *more)[1] == lines
-        assert equal(weights(out).values(), learnt.values())
+        assert train_here(family, out, "--resume", *more)[1] == unbroken(*more)[0]
+        assert equal(weights(out).values(), unbroken(*more)[1].values())
     return check
 
 
 @pytest.mark.parametrize("more", [(), ("--dtype", "bfloat16", "--kl-coef", 0.1), ("--schedule", "measured"),
                                   ("--lora-rank", 2, "--kl-coef", 0.1, "--checkpoint-layers")])
 def test_trap_24_resume_equals_never_having_stopped(more, family, tmp_path, monkeypatch, resumes):
-    """The optimiser's moments, a random state or the place in the data forgotten: it trains on, differently."""
-    class Killed(BaseException):
-        """Nothing in train.py catches it, as nothing catches kill -9."""
-
+    """The optimiser's moments, a random state, the place in the data forgotten: it trains on, differently."""
     def killed_in_step_4(*inputs, **settings):
         metrics = grpo.update(*inputs, **settings)
         if len(read_metrics(out)) == 4:
-            raise Killed
+            raise KeyboardInterrupt  # which nothing below train.main catches
         return metrics
     shutil.copytree(family / "explorer", tmp_path / "explorer")  # an explorer with a stop token of its own
     (tmp_path / "explorer" / "generation_config.json").write_text('{"eos_token_id": [0, 5]}')
-    out, more = tmp_path / "run", ("--explorer", tmp_path / "explorer", "--steps", 5, "--save-every", 2, "--lr", 1e-2, *more)
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    more = ("--explorer", tmp_path / "explorer", "--steps", 5, "--save-every", 2, "--lr", 1e-3, *more)
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(training, "update", killed_in_step_4)
         train_here(family, out, *more)
     assert [line["step"] for line in read_metrics(out)] == [0, 1, 2, 3]  # step 3 was written and not saved
     resumes(out, *more)
-    assert all(line["grad_norm"] for line in read_metrics(out)[1:])  # there was something to learn at every step
+    assert all(line["grad_norm"] for line in read_metrics(out)[1:])  # there was always something to learn
     assert models.load(out / "learner")[0].stop_ids == (0, 5)
 
 
@@ -416,72 +416,69 @@ train.main(sys.argv[1:])
 
 @pytest.mark.parametrize("number, times, code", [(signal.SIGINT, 1, 130), (signal.SIGTERM, 1, 143),
                                                  (signal.SIGTERM, 2, -signal.SIGTERM)])
-def test_a_signal_within_an_update_ends_the_run_after_the_step(number, times, code, family, tmp_path, resumes):
-    """Saved between two optimiser steps, the weights are those of no step, and what goes on is another run."""
-    out, more = tmp_path / "run", ("--lr", 1e-2, "--eval-data", "")
-    command = [sys.executable, "-c", SIGNALLED.format(times=times, number=int(number)), *flags(family, out, *more)]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+def test_a_signal_within_an_update_ends_the_run_with_the_step(number, times, code, family, tmp_path, resumes):
+    """Saved between two optimiser steps, the weights are those of no step: what goes on is another run."""
+    out, more = tmp_path / "run", ("--lr", 1e-3, "--eval-data", "")
+    script = SIGNALLED.format(times=times, number=int(number))
+    ended = subprocess.run([sys.executable, "-c", script, *flags(family, out, *more)], cwd=ROOT,
+                           capture_output=True, text=True)
     saved = [path.name for path in out.glob("checkpoint_*")]
-    assert ended.returncode == code and saved == ["checkpoint_000002.pt"] * (times == 1), ended.stderr  # 2: at once
-    if saved:
+    assert ended.returncode == code and saved == ["checkpoint_000002.pt"] * (times == 1), ended.stderr
+    if times == 1:  # the second one leaves at once
         assert "--resume goes on" in ended.stdout and (out / "learner").exists()
         resumes(out, *more)
 
 
 @pytest.mark.parametrize("damage", ["cut short", "one bit"])
 def test_a_damaged_checkpoint_is_passed_over(damage, family, tmp_path, capsys, resumes):
-    """torch.load looks at no checksum: after one flipped bit, training goes on with weights that nobody learnt."""
+    """torch.load looks at no checksum: after one flipped bit, training goes on from what nobody learnt."""
     out, more = tmp_path / "run", ("--save-every", 1, "--eval-data", "")
     run, _ = train_here(family, out, *more)
     before, newest = sorted(out.glob("checkpoint_*.pt"))  # two are kept
     data = bytearray(newest.read_bytes())
-    data[data.index(run.optimizer.masters[0].detach().numpy().tobytes()) + 50] ^= 1  # a weight, a little larger
+    data[data.index(run.optimizer.masters[0].detach().numpy().tobytes()) + 50] ^= 1  # within a weight
     newest.write_bytes(data if damage == "one bit" else data[:-100])
     (out / "checkpoint_000009.pt.partial").write_bytes(b"torn")
     resumes(out, *more)
     said = capsys.readouterr()
     assert "checkpoint_000004.pt is damaged" in said.err and "after step 3" in said.out
-    before.write_bytes(b"")
-    newest.write_bytes(b"")
+    [path.write_bytes(b"") for path in (before, newest)]
     code, _, error = main_here(capsys, flags(family, out, "--resume", *more))
     assert code == 2 and error.splitlines()[-1].startswith("train.py: error: no checkpoint in")
 
 
-def fill_disk(path):
-    path.unlink(missing_ok=True)
-    path.symlink_to("/dev/full")
-
-
 @pytest.mark.parametrize("accident, code, complaint", [
-    (lambda out, run: fill_disk(out / "checkpoint_000003.pt.partial"), 2, "No space left on device"),
-    (lambda out, run: fill_disk(out / "metrics.jsonl"), 2, "No space left on device"),
+    (lambda out, run: (out / "checkpoint_000003.pt.partial").symlink_to("/dev/full"), 2, "No space left"),
     (lambda out, run: torch.empty(10 ** 15), 3, "out of memory: lower --rollout-rows"),
     (lambda out, run: run.learner.norm.weight.data.fill_(torch.nan), 4, "not finite in five steps, up to 7")])
 def test_an_accident_in_step_3_ends_the_run_and_what_was_saved_stays(
         accident, code, complaint, family, tmp_path, capsys, resumes):
-    """One NaN gradient applied, and every later checkpoint is NaN; one checkpoint overwritten in place, and a full
-    disk takes all. The exit code tells whoever starts the run again whether smaller batches would help."""
+    """One NaN gradient applied, and every later checkpoint is NaN; one checkpoint overwritten in place, and a
+    full disk takes all. The exit code says whether smaller batches would help."""
     def open_explorer(args, run):
-        explore = training.open_explorer(args, run)
-        accident_or_none = lambda: accident(out, run) if training.last_step(run) == 2 else None
-        return lambda *inputs: (accident_or_none(), explore(*inputs))[1]
-    out, more = tmp_path / "run", ("--schedule", "constant", "--steps", 8, "--save-every", 1, "--eval-data", "")
+        def explore(*inputs):
+            if training.last_step(run) == 2:
+                accident(out, run)
+            return usual(*inputs)
+        usual = training.open_explorer(args, run)
+        return explore
+    out = tmp_path / "run"
+    more = ("--schedule", "constant", "--steps", 8, "--save-every", 1, "--eval-data", "")
     ended, _, error = main_here(capsys, flags(family, out, *more), open_explorer=open_explorer)
     *warnings, last = error.splitlines()
     assert ended == code and last.startswith("train.py: error:") and complaint in last
     assert sum("2 updates skipped" in line for line in warnings) == (5 if code == 4 else len(warnings))
     assert max(out.glob("checkpoint_*.pt")).name == "checkpoint_000002.pt"
-    [path.unlink() for path in out.iterdir() if path.is_symlink()]
+    (out / "checkpoint_000003.pt.partial").unlink(missing_ok=True)
     resumes(out, *more)
 
 
 def test_one_experiment_an_out(family, tmp_path, capsys):
     """Half a run at one rate and half at another, or on other weights, is a curve of no experiment."""
     shutil.copytree(family / "learner", tmp_path / "learner")
-    (tmp_path / "notes").mkdir()
-    (tmp_path / "notes" / "mine.txt").write_text("a year of work")
+    (tmp_path / "notes" / "of a year").mkdir(parents=True)
     more = ("--learner", tmp_path / "learner", "--steps", 2, "--lr", 1e-3, "--eval-data", "")
-    contents = lambda: {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    contents = lambda: {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
 
     def refused(out, complaint, *extra):
         before = contents()
@@ -493,35 +490,30 @@ def test_one_experiment_an_out(family, tmp_path, capsys):
     refused("notes", "notes is there already", "--resume")
     refused("learner", "other settings", "--resume")
     refused("run", "other settings: lr 0.001 -> 0.0001, seed 0 -> 3\n", "--resume", "--lr", 1e-4, "--seed", 3)
-    train_here(family, tmp_path / "run", "--resume", *more, "--micro-batch-tokens", 64)  # no part of the experiment
+    train_here(family, tmp_path / "run", "--resume", *more, "--micro-batch-tokens", 64)  # no part of it
     shutil.copytree(tmp_path / "run" / "learner", tmp_path / "learner", dirs_exist_ok=True)
     refused("run", "other settings: weights", "--resume")
 
 
 @pytest.mark.parametrize("change, complaint", [
-    ("--learner no/such", "no/such"), ("--explorer no/such", "no/such"), ("--data gone.jsonl", "gone.jsonl"),
-    ("--data {tmp}/broken.jsonl", "jsonl, line 2"), ("--eval-data {tmp}/long.jsonl", "context of 128"),
-    ("--explorer {tmp}/other", "differ in 2 tokens"), ("--group-size 1", "group-size"), ("--mix-steps 5", "mix-steps"),
-    ("--minibatches 9", "minibatches"), ("--max-new-tokens 125", "context of 128"), ("--device nonsense", "nonsense")])
-def test_bad_input_is_one_line_exit_code_2_and_nothing_made(change, complaint, family, tmp_path, capsys, monkeypatch):
+    ("--learner no/such", "no/such"), ("--explorer no/such", "no/such"), ("--data broken", "broken, line 2"),
+    ("--eval-data long", "context of 128"), ("--max-new-tokens 125", "context of"), ("--mix-steps 5", "mix"),
+    ("--explorer other", "differ in 2 tokens"), ("--group-size 1", "group"), ("--minibatches 9", "minibatch"),
+    ("--device nonsense", "nonsense"), ("--learner {laptop}", "gone.jsonl")])
+def test_bad_input_is_one_line_exit_code_2_and_nothing_made(
+        change, complaint, family, tmp_path, capsys, monkeypatch):
     """Trap 27 among them: another tokeniser's ids are other words, and the learner would train on noise."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    (tmp_path / "broken.jsonl").write_text((family / "train.jsonl").read_text().splitlines()[0] + '\n{"question":\n')
-    reward.save_problems([reward.Problem("1+1" * 100, "2")], tmp_path / "long.jsonl")
-    tokens = shutil.copytree(family / "explorer", tmp_path / "other") / "tokenizer.json"
-    tokens.write_text(tokens.read_text().replace('"b"', '"B2"'))
-    argv = flags(family, tmp_path / "run", *change.format(tmp=tmp_path).split())
-    code, _, error = main_here(capsys, argv)
-    assert code == 2 and error.startswith("train.py: error:") and complaint in error and error.count("\n") == 1, error
-    assert not (tmp_path / "run").exists()
-
-
-def test_missing_data_is_said_before_the_family_is_made(tmp_path, capsys, monkeypatch):
-    """Minutes of pretraining, and then a spelling mistake."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(families, "make_family", lambda *args, **more: pytest.fail("made"))
-    code, _, error = main_here(capsys, ["--data", "gone.jsonl"])
-    assert code == 2 and "gone.jsonl" in error and error.count("\n") == 1 and [*tmp_path.iterdir()] == []
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(families, "make_family", lambda *args, **more: pytest.fail("minutes for a slip"))
+    Path("broken").write_text((family / "train.jsonl").read_text()[:60] + "\n")
+    reward.save_problems([reward.Problem("1+1" * 100, "2")], "long")
+    tokens = Path(shutil.copytree(family / "explorer", "other"), "tokenizer.json")
+    tokens.write_text(tokens.read_text().replace('"b"', '"B2"'))
+    argv, before = flags(family, "run", *change.split()), {*tmp_path.iterdir()}
+    code, _, error = main_here(capsys, ["--data", "gone.jsonl"] if "{laptop}" in change else argv)
+    assert code == 2 and error.startswith("train.py: error:") and complaint in error
+    assert error.count("\n") == 1 and {*tmp_path.iterdir()} == before
 
 
 def test_every_number_has_a_range(capsys):
@@ -535,25 +527,25 @@ def test_every_number_has_a_range(capsys):
 
 
 def test_defaults_depend_on_whose_model_it_is(family, tmp_path):
-    """The laptop's rate of 8e-4 destroys a real model in a step, and its 16 tokens hold none of the answers."""
+    """The laptop's rate of 8e-4 destroys a real model in a step, and its 16 tokens hold no answer."""
     picked = lambda *argv: [getattr(training.parse_flags([*argv]), name) for name in (
         "lr", "max_new_tokens", "eval_problems", "eval_n", "mix_steps")]
     yours = ("--learner", "x", "--explorer", "none", "--data", "d")
     assert picked() == [8e-4, 16, 256, 32, 20] and picked(*yours) == [1e-6, 512, 64, 4, 20]
     assert picked(*yours, "--lora-rank", "8", "--steps", "7") == [1e-5, 512, 64, 4, 3]
-    long = ("--steps", 10 ** 6)  # worth torch.compile's minute
-    for more, on in (((), False), (long, True), (("--compile", "on"), True), ((*long, "--compile", "off"), False)):
+    for more in ((), ("--compile",)):
         args = training.parse_flags(flags(family, tmp_path / f"{more}", *more))
         run, explore = training.load_run(args, training.open_explorer)
-        assert run.learner.compiled == explore.args[0].compiled == on
+        assert run.learner.compiled == explore.args[0].compiled == bool(more)
 
 
 def test_the_readme_names_what_exists():
     """A reader's first command must not fail."""
     text, flag = (ROOT / "README.md").read_text(), r"(?<![\w-])--[a-z][a-z0-9-]*"
-    known = lambda paths: {"--help"}.union(*(re.findall(r'"(--[a-z0-9-]+)"', path.read_text()) for path in paths))
+    sources = [p for p in (*ROOT.glob("*.py"), *ROOT.glob("*/*.py")) if not p.name.startswith("test_")]
+    known = lambda paths: {"--help"}.union(*(re.findall(r'"(--[a-z0-9-]+)"', p.read_text()) for p in paths))
     for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
         assert (ROOT / link).exists(), link
-    assert {*re.findall(flag, text)} <= known([*ROOT.glob("*.py"), *ROOT.glob("[rb]e*/*.py")])  # recipes, bench
+    assert {*re.findall(flag, text)} <= known(sources)
     for script, words in re.findall(r"python ((?:\w+/)*\w+\.py)((?:[^\n`#|&]|\\\n)*)", text):
         assert {*re.findall(flag, words)} <= known([ROOT / script]), f"{script} {words}"

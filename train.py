@@ -122,7 +122,7 @@ def parse_flags(argv=None):
     choices = "; ".join(f"{name}: {what}" for name, what in SCHEDULES.items())
     add = parser.add_argument_group("models and problems (without --learner the laptop's)").add_argument
     add("--learner", help="model to train: a directory or a Hugging Face hub name")
-    add("--explorer", help="frozen model that explores; or its rollouts, POOL.jsonl (recipes/pool.py); or none")
+    add("--explorer", help="frozen model that explores; or its rollouts, .jsonl by recipes/pool.py; or none")
     add("--data", help="problems: JSONL with question and answer; recipes/data.py makes it of data sets")
     add("--eval-data", help="held-out problems; with --data and without them nothing is evaluated")
     add("--task", choices=TASKS, default="habit", help="the laptop family's task (habit)")
@@ -162,8 +162,7 @@ def parse_flags(argv=None):
     add("--seed", type=int, default=0, help="of problems' order, rollouts, mini-batches and evaluations (0)")
     add("--device", default="auto", help="auto: cuda, then mps, then cpu")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights; masters are float32")
-    add("--compile", choices=("auto", "on", "off"), default="auto",
-        help="decoding and log-prob kernel, about a minute; auto: where enough tokens are to be written")
+    add("--compile", action="store_true", help="costs a minute and pays from some 5 million tokens on")
     add("--out", help="directory of the run, new or empty (runs/ and the time)")
     args = parser.parse_args(argv)
     try:
@@ -183,8 +182,7 @@ RANGES = {  # flag: (least, most); NaN lies in none
 
 
 def resolve(args):
-    """Fills in the defaults that depend on other flags. ValueError, one line, for flags that make no
-    sense."""
+    """Fills in defaults that depend on other flags. ValueError, one line, for flags that make no sense."""
     family = f"runs/family-{args.task}"
     if args.resume and not args.out:
         raise ValueError("--resume needs --out: the directory of the run to continue")
@@ -207,9 +205,6 @@ def resolve(args):
 
 
 # ---- loading -----------------------------------------------------------------------------------------------
-
-COMPILE_FROM = 5_000_000  # tokens: where torch.compile has earned its minute on the laptop's models
-
 
 @dataclass
 class Run:
@@ -235,8 +230,7 @@ def past_steps(run):
 
 
 def load_run(args, open_explorer):
-    """(Run, explore). All that the user typed is checked before anything is made. ValueError or OSError, one
-    line."""
+    """(Run, explore). What was typed is checked before anything is made. ValueError or OSError, one line."""
     out, family = Path(args.out), Path(f"runs/family-{args.task}")
     if out.exists() and any(out.iterdir()) and not (args.resume and (out / "config.json").exists()):
         raise ValueError(f"{out} is there already: --resume continues a run, another --out begins one")
@@ -254,10 +248,7 @@ def load_run(args, open_explorer):
     learner, tokenizer = load(args.learner, device, dtype)
     prompts = [encode(p.prompt, tokenizer, p.in_words, args.thinking) for p in problems + held_out]
     check_lengths(learner, prompts, args.max_new_tokens)
-    tokens = args.steps * args.prompts_per_step * args.group_size * args.max_new_tokens
-    worth_it = tokens >= COMPILE_FROM and device != "mps"
-    learner.compiled = args.compile == "on" or (args.compile == "auto" and worth_it)
-    learner.checkpoint_layers = args.checkpoint_layers
+    learner.compiled, learner.checkpoint_layers = args.compile, args.checkpoint_layers
     weights, reference = {"learner": fingerprint(learner)}, None
     if args.kl_coef:  # the learner before any update; with LoRA its own tensors without the adapters
         shared = {id(weight): weight for weight in learner.parameters()} if args.lora_rank else {}
@@ -270,8 +261,8 @@ def load_run(args, open_explorer):
     claim(args, run, out)
 
     count = lambda weights: f"{sum(w.numel() for w in weights):,}"
-    print(f"learner   {args.learner}: {count(learner.parameters())} parameters, {count(run.optimizer.weights)} "
-          f"trained at {args.lr:g}; {args.dtype} on {device}, compile {'on' if learner.compiled else 'off'}\n"
+    print(f"learner   {args.learner}: {count(learner.parameters())} parameters, "
+          f"{count(run.optimizer.weights)} trained at {args.lr:g}, {args.dtype} on {device}\n"
           f"explorer  {args.explorer}: {f'schedule {args.schedule}' if explore else 'plain GRPO'}\n"
           f"problems  {len(problems)} to train on, {len(held_out)} held out; first prompt and its answer:\n"
           f"          {tokenizer.decode(prompts[0])!r}, {problems[0].answer!r}")
@@ -279,8 +270,7 @@ def load_run(args, open_explorer):
 
 
 def open_explorer(args, run):
-    """explore(prompts, n, generator) -> Rollouts [P, n], from --explorer: a frozen model, or rollouts on
-    disk."""
+    """explore(prompts, n, generator) -> Rollouts [P, n] of --explorer, a frozen model or rollouts on disk."""
     if args.explorer.endswith(".jsonl"):
         from recipes.pool import open_pool
         return open_pool(args, run)
@@ -397,8 +387,8 @@ def keep_books(args, run, line, batch, rollouts, texts, scores, clock):
           f"{clock[-1] - clock[0]:5.1f} s{held_out}", flush=True)
     warn = partial(print, "warning:", file=sys.stderr)
     if line["truncated"] > 0.5:
-        warn(f"{line['truncated']:.0%} of the rollouts were cut at --max-new-tokens {args.max_new_tokens}: without "
-             "an answer they earn nothing")
+        warn(f"{line['truncated']:.0%} of the rollouts were cut at --max-new-tokens {args.max_new_tokens}, "
+             "perhaps before an answer")
     if line["skipped_updates"]:
         warn(f"{line['skipped_updates']} updates skipped, loss or gradient not finite; problems {batch}")
     if len(run.history) >= 5 and all(past.get("skipped_updates") for past in run.history[-5:]):
@@ -476,6 +466,7 @@ def fail(code, error):
 def main(argv=None, loop=train, open_explorer=open_explorer):
     """Recipes give another loop, or another value of the seam `explore`. Exit codes: 2 bad input or a full
     disk, 3 out of memory, 4 NaN, 128 + n signal n."""
+    run = None
     try:
         args = parse_flags(argv)
         run, explore = load_run(args, open_explorer)
@@ -484,6 +475,8 @@ def main(argv=None, loop=train, open_explorer=open_explorer):
         loop(args, run, explore)
         finish(args, run)
     except (ValueError, OSError) as error:
+        if run and isinstance(error, ValueError):
+            raise  # nothing that the user typed: the traceback is wanted
         fail(2, error)
     except FloatingPointError as error:
         fail(4, error)

@@ -1,18 +1,20 @@
-"""A training that is killed again and again, beside one that never was: weights, metrics and pass@k must be the same.
+"""A training that is killed again and again, beside one that never was: weights and metrics must be the same.
 
     python bench/kill.py --kills 100           about 12 minutes on 2 cores
     python bench/kill.py --kills 30 --signal TERM
 
-Each life of the run is `python train.py .. --resume` in a process of its own. The signal comes a random moment after the first to
-eighth time that a chosen kind of work has begun: loading, sampling, update, saving, evaluating. Three runs, so that live explorers,
-a pool, and bfloat16 with LoRA, the KL's reference and the schedule `measured` all have their share. After SIGTERM the exit code
-must be 143; the slowest exit is printed.
+Each life of the run is `python train.py .. --resume` in a process of its own. The signal comes a random moment
+after the first to eighth time that a chosen kind of work has begun: loading, sampling, update, saving,
+evaluating. Three runs, so that live explorers, a pool, and bfloat16 with LoRA, the KL's reference and the schedule
+`measured` all have their share. After SIGTERM the exit code must be 143 (while loading the signal itself may end
+the process); the slowest exit is printed.
 """
 import argparse
 import collections
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,14 +24,15 @@ from pathlib import Path
 
 import torch
 from common import laptop_family
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 PHASES = ("loading", "sampling", "update", "saving", "evaluating")
 RUNS = {"live explorer": (),
-        "pool": ("--explorer-pool", "pool.jsonl", "--mix-steps", 12),
-        "bfloat16, LoRA, KL, measured": ("--dtype", "bfloat16", "--optimizer-dtype", "bfloat16", "--lora-rank", 4, "--lr", 1e-2,
-                                         "--kl-coef", 0.1, "--schedule", "measured")}
+        "pool": ("--explorer", "pool.jsonl", "--mix-steps", 12),
+        "bfloat16, LoRA, KL, measured": ("--dtype", "bfloat16", "--lora-rank", 4, "--lr", 1e-2, "--kl-coef", 0.1,
+                                         "--schedule", "measured")}
 
 
 def child(phase_file, flags):
@@ -42,16 +45,15 @@ def child(phase_file, flags):
                 return function(*args, **more)
             return noted
         phases.write("loading\n")
-        for phase, name in (("sampling", "sample_groups"), ("update", "update"), ("saving", "write_whole"),
+        for phase, name in (("sampling", "sample"), ("update", "update"), ("saving", "write_whole"),
                             ("evaluating", "evaluate"), ("saving", "save")):
             setattr(train, name, noting(phase, getattr(train, name)))
-        sys.argv = ["train.py", *flags]
-        train.main()
+        train.main(flags)
 
 
 def live(flags, directory, kill_in=None, number=signal.SIGKILL):
-    """One life, of a run that is to be killed while it does `kill_in`. Returns the seconds that dying took, None if the run came to
-    its end before. RuntimeError if it failed by itself."""
+    """One life, of a run that is to be killed while it does `kill_in`. Returns the seconds that dying took, None if
+    the run came to its end before. RuntimeError if it failed by itself, or with another exit code."""
     phases = directory / "phases"
     phases.write_text("")
     output = open(directory / "output", "w+")
@@ -64,18 +66,18 @@ def live(flags, directory, kill_in=None, number=signal.SIGKILL):
         time.sleep(random.uniform(0, 2.0 if kind == "loading" else 0.05))
         process.send_signal(number)
     sent = time.perf_counter()
-    if process.wait() not in (0, -number, 128 + number):
+    code = -number if number == signal.SIGKILL else 128 + number
+    if process.wait() not in (0, code) and not (kill_in == "loading" and process.returncode == -number):
         output.seek(0)
         raise RuntimeError(f"exit code {process.returncode}: {output.read()[-2000:]}")
     return None if process.returncode == 0 else time.perf_counter() - sent
 
 
 def outcome(run):
-    """What a run leaves, but for what a clock decides."""
-    from model import read_safetensors
+    """Metrics and weights that a run leaves, but for what a clock decides."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return ([{key: value for key, value in line.items() if "second" not in key} for line in lines],
-            (run / "pass_at_k.json").read_text(), dict(read_safetensors(run / "learner" / "model.safetensors")))
+            load_file(run / "learner" / "model.safetensors"))
 
 
 def main():
@@ -90,15 +92,14 @@ def main():
     with tempfile.TemporaryDirectory() as directory:
         directory = Path(directory)
         family = laptop_family()
-        subprocess.run([sys.executable, ROOT / "sample.py", "--model", family / "explorer", "--data", family / "train.jsonl", "--n", "8",
-                        "--max-new-tokens", "16", "--out", directory / "pool.jsonl"], check=True, stderr=subprocess.DEVNULL)
+        subprocess.run([sys.executable, ROOT / "recipes/pool.py", "--model", family / "explorer", "--data",
+                        family / "train.jsonl", "--n", "8", "--max-new-tokens", "16", "--out", directory / "pool.jsonl"],
+                       check=True, stderr=subprocess.DEVNULL)
         for i, (name, more) in enumerate(RUNS.items()):
             flags = ["--learner", family / "learner", "--explorer", family / "explorer", "--data", family / "train.jsonl",
-                     "--eval-data", family / "heldout.jsonl", "--steps", 40, "--prompts-per-step", 4, "--group-size", 8,
-                     "--eval-problems", 32, "--eval-n", 16, "--eval-every", 2, "--save-every", 3,
-                     "--device", "cpu", *more]
-            if "--explorer-pool" in flags:
-                del flags[2:4]
+                     "--eval-data", family / "heldout.jsonl", "--steps", 40, "--prompts-per-step", 4,
+                     "--group-size", 8, "--max-new-tokens", 16, "--lr", 8e-4, "--eval-problems", 32, "--eval-n", 16,
+                     "--eval-every", 2, "--save-every", 3, "--device", "cpu", *more]
             live([*flags, "--out", directory / f"unbroken-{i}"], directory)
             kills, ended, slowest = collections.Counter(), 0, 0.0
             planned = args.kills // len(RUNS) + (i < args.kills % len(RUNS))
@@ -106,26 +107,23 @@ def main():
             while sum(kills.values()) < planned:
                 phase = random.choice(PHASES)
                 took = live(again, directory, phase, number)
-                if took is None:
-                    ended += 1  # before it could be killed: a new run, that the rest of the kills have something to hit
+                if took is None:  # it ended before it could be killed: a new run for the rest of the kills
+                    ended += 1
                     compare(directory, i)
-                    for path in sorted((directory / f"killed-{i}").rglob("*"), reverse=True):
-                        path.rmdir() if path.is_dir() else path.unlink()
+                    shutil.rmtree(directory / f"killed-{i}")
                 else:
                     kills[phase], slowest = kills[phase] + 1, max(slowest, took)
             live(again, directory)
             compare(directory, i)
             counts = ", ".join(f"{phase} {kills[phase]}" for phase in PHASES)
-            print(f"{name}: {sum(kills.values())} times SIG{args.signal} ({counts}), dead within {slowest:.1f} s; {ended + 1} runs to the end, "
-                  "each equal to the unbroken one to the bit",
-                  flush=True)
+            print(f"{name}: {sum(kills.values())} times SIG{args.signal} ({counts}), dead within {slowest:.1f} s; "
+                  f"{ended + 1} runs to the end, each equal to the unbroken one to the bit", flush=True)
 
 
 def compare(directory, i):
-    (lines, curves, weights), (lines2, curves2, weights2) = (outcome(directory / f"{kind}-{i}") for kind in ("unbroken", "killed"))
+    (lines, weights), (lines2, weights2) = (outcome(directory / f"{kind}-{i}") for kind in ("unbroken", "killed"))
     assert lines == lines2, next(pair for pair in zip(lines, lines2) if pair[0] != pair[1])
-    assert curves == curves2 and weights.keys() == weights2.keys()
-    assert all(torch.equal(weights[name], weights2[name]) for name in weights)
+    assert weights.keys() == weights2.keys() and all(torch.equal(weights[name], weights2[name]) for name in weights)
 
 
 if __name__ == "__main__":

@@ -22,21 +22,21 @@ def main():
     steps = parser.parse_args().steps
     with tempfile.TemporaryDirectory() as directory:
         family, out = laptop_family(), Path(directory, "run")
-        args = train.parse_args([str(flag) for flag in (
-            "--learner", family / "learner", "--explorer", family / "explorer", "--data", family / "train.jsonl", "--eval-data",
-            family / "heldout.jsonl", "--out", out, "--steps", steps, "--schedule", "constant", "--prompts-per-step", 4, "--group-size", 8,
-            "--eval-problems", 32, "--eval-every", 50, "--save-every", 20, "--lr", 1e-4, "--device", "cpu")])
-        train.resolve_args(args)
-        run, memory = train.Run(args), []
-        record = run.record
+        args = train.parse_flags([str(flag) for flag in (
+            "--learner", family / "learner", "--explorer", family / "explorer", "--data", family / "train.jsonl",
+            "--eval-data", family / "heldout.jsonl", "--out", out, "--steps", steps, "--schedule", "constant",
+            "--prompts-per-step", 4, "--group-size", 8, "--max-new-tokens", 16, "--eval-problems", 32, "--eval-n", 32,
+            "--eval-every", 50, "--save-every", 20, "--lr", 1e-4, "--device", "cpu")])
+        run, explore = train.load_run(args, train.open_explorer)
+        memory, keep_books = [], train.keep_books
 
         def measured(*inputs):
-            record(*inputs)
+            keep_books(*inputs)
             status = Path("/proc/self/status").read_text()
             memory.append(int(status.partition("VmRSS:")[2].split()[0]) / 1024)
-        run.record = measured
-        train.train(args, run)
-        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()][1:]
+        train.keep_books = measured
+        train.train(args, run, explore)
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     seconds = [sum(line[f"seconds_{what}"] for what in ("sampling", "scoring", "training")) for line in lines]
     tenths = [slice(i * steps // 10, (i + 1) * steps // 10) for i in range(10)]
     print(f"{'steps':>12}{'ms a step':>12}{'MB resident':>14}")

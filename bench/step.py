@@ -4,7 +4,6 @@
     python bench/step.py
 
 Seconds: both in this process, step about step. Memory: peak resident set of a process of its own for each."""
-import argparse
 import random
 import statistics
 import subprocess
@@ -35,16 +34,13 @@ class Ours:
     def __init__(self, model):
         self.model, self.optimizer = model, Optimizer(model, lr=1e-5)
         model.stop_ids = ()
-        self.args = argparse.Namespace(
-            temperature=1.0, micro_batch_tokens=16_384, off_policy="recompute", minibatches=1, loss="grpo", max_new_tokens=TOKENS,
-            clip_low=0.2, clip_high=0.2, kl_coef=0.0, kl_estimator="k3", max_grad_norm=1.0)
 
     def step(self):
         prompts, generator = [prompt() for _ in range(PROMPTS)], torch.Generator().manual_seed(random.randrange(2 ** 31))
         rollouts = sample(self.model, prompts, GROUP, generator, TOKENS)
         rewards = [reward([" ".join(WORDS[i] for i in ids) for ids in group]) for group in rollouts.ids.tolist()]
         advantages = group_advantages(torch.tensor(rewards, device=rollouts.ids.device))
-        update(self.args, self.model, None, self.optimizer, prompts, rollouts, advantages, generator)
+        update(self.model, None, self.optimizer, prompts, rollouts, advantages, generator, micro_batch_tokens=16_384)
 
 
 def trl_trainer(model, out, steps, callbacks=()):

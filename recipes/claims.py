@@ -49,7 +49,7 @@ from recipes.separate import separate
 ASSETS = Path("assets/claims")
 STEPS = 32
 STUDY = (f"--steps {STEPS} --prompts-per-step 8 --group-size 16 --minibatches 2 --max-new-tokens 16 "
-         "--eval-every 8 --eval-problems 128 --eval-n 16 --save-every 0 --device cpu --compile off").split()
+         "--eval-every 8 --eval-problems 128 --eval-n 16 --save-every 0 --device cpu").split()
 GRID = (2e-4, 4e-4, 8e-4, 1.6e-3)
 SEARCH_PAIR, SEARCH_SEEDS = 0, (100,)
 
@@ -246,7 +246,7 @@ def compare(name, args):
         print(f"\n{name} on {task}: {len(pairs)} base pairs x {len(seeds)} seeds, held-out strict pass@k"
               + ("; 95% intervals" if len(pairs) >= 4 else "; too few pairs for intervals"))
         result = {"task": task, "pairs": pairs, "seeds": len(seeds), "reference": arms[0]}
-        for which, chosen, title in (("equal", equal, "all at one rate"), ("best", best, "each at its own best")):
+        for which, chosen, title in (("equal", equal, "all at one rate"), ("best", best, "each at its best")):
             found = {arm: numbers(task, pairs, arm, lr, seeds) | {"lr": lr} for arm, lr in chosen.items()}
             result[which] = beside(arms[0], found)
             print(f"\n{title:26}{'rate':>8}{'area@1':>8}{'final@1':>9}{'@16':>7}{'answer@1':>10}   "
@@ -329,10 +329,9 @@ def crossover(name, args):
             "task": task, "pairs": pairs, "k": ks, "pass@k": curves, "leads": leads,
             "95%": {member: values.tolist() for member, values in bands.items()}})
         if figure := new_figure(1):
-            plot_curves(figure[1], ks, curves)
+            plot_curves(figure[1], ks, curves, title=f"base models of `{task}`")
             for low, high in bands.values():
                 figure[1].fill_between(ks, low, high, alpha=0.2)
-            figure[1].set(title=f"base models of `{task}`")
             figure[0].savefig(path.with_suffix(".png"), dpi=110)
 
 

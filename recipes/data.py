@@ -4,8 +4,8 @@
     python recipes/data.py somewhere/math.parquet --out data/math.jsonl
 
 Reads JSONL, JSON arrays and parquet, a file or a directory of them, in the layouts of GSM8K, MATH,
-OlympiadBench, CommonsenseQA, DAPO-Math-17k and prompt/completion. A problem that comes again is left out, and so
-is one whose answer no response can match, such as a proof. Both are counted.
+OlympiadBench, CommonsenseQA, DAPO-Math-17k and prompt/completion. A problem that comes again is left out, as is
+one whose answer no response can match, such as a proof. Both are counted.
 """
 import argparse
 import difflib
@@ -36,8 +36,8 @@ def download(name):
     try:
         folder = Path(snapshot_download(repository, repo_type="dataset", allow_patterns=pattern))
     except Exception as error:  # whatever a lost connection raises
-        raise ValueError(f"{name} cannot be downloaded ({type(error).__name__}): give the path of {pattern} of "
-                         f"https://huggingface.co/datasets/{repository}") from error
+        raise ValueError(f"{name} cannot be downloaded ({type(error).__name__}): give the path of {pattern} "
+                         f"of https://huggingface.co/datasets/{repository}") from error
     # The same folder holds what was downloaded by other patterns: the test set, say.
     return sorted(path for path in folder.rglob("*") if fnmatch(path.relative_to(folder).as_posix(), pattern))
 
@@ -54,17 +54,17 @@ def files_of(source):
     kinds = {file.suffix for file in files}
     if ".arrow" in kinds:
         split = "['train']" if (path / "dataset_dict.json").exists() else ""
-        raise ValueError(f"{source} was written by save_to_disk: python -c \"from datasets import "
-                         f"load_from_disk; load_from_disk('{source}'){split}.to_json('data.jsonl')\" makes JSONL")
+        raise ValueError(f"{source} is of save_to_disk: python -c \"from datasets import load_from_disk; "
+                         f"load_from_disk('{source}'){split}.to_json('data.jsonl')\" makes JSONL of it")
     found = [file for file in files if file.suffix in READ]
     splits = {match[1] for file in found if (match := re.search("(?<![a-z])(train|test|val|dev)", file.stem))}
     if len(splits) > 1:
         raise ValueError(f"{source} holds {' and '.join(sorted(splits))} files: give the path of one of them")
     if not found:
-        csv = next((file for file in files if file.suffix == ".csv"), "FILE.csv")
-        raise ValueError(f"{source} holds {', '.join(sorted(kinds)) or 'nothing'}, not {', '.join(READ)}; python "
-                         f"-c \"import pandas; pandas.read_csv('{csv}').to_json('data.jsonl', orient='records', "
-                         "lines=True)\" makes JSONL of CSV")
+        csv = [f": python -c \"import pandas; pandas.read_csv('{file}').to_json('data.jsonl', orient='records', "
+               "lines=True)\" makes JSONL of it" for file in files if file.suffix == ".csv"]
+        raise ValueError(f"{source} holds {', '.join(sorted(kinds)) or 'nothing'}, and read are "
+                         f"{', '.join(READ)}{''.join(csv[:1])}")
     return found
 
 

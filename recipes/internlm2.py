@@ -14,7 +14,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from model import find_file
+from model import directory_of
 
 NAMES = {"tok_embeddings": "embed_tokens", "output.weight": "lm_head.weight",
          "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
@@ -37,8 +37,8 @@ def as_llama(name, tensor, heads, key_heads):
 def convert(source, out):
     """Writes the directory `out`, a file of weights for each of the source's."""
     from transformers import AutoTokenizer
-    config, index = (json.loads(Path(path).read_text()) if path else None for path in (
-        find_file(source, "config.json"), find_file(source, "model.safetensors.index.json", required=False)))
+    source = directory_of(source)
+    config = json.loads((source / "config.json").read_text())
     if config["model_type"] != "internlm2" or config.pop("bias", False):
         raise ValueError(f"{source} is no internlm2 checkpoint without biases")
     # add_bos_token: InternLM2's own tokeniser, whose code is not run, adds one.
@@ -46,18 +46,18 @@ def convert(source, out):
     tokenizer.init_kwargs.pop("auto_map", None)
     tokenizer.save_pretrained(out)
     weight_map = {}
-    for shard in sorted(set(index["weight_map"].values())) if index else ["model.safetensors"]:
+    for path in sorted(source.glob("model*.safetensors")):
         weights = {}
-        for name, tensor in load_file(find_file(source, shard)).items():
+        for name, tensor in load_file(path).items():
             weights |= as_llama(name, tensor, config["num_attention_heads"], config["num_key_value_heads"])
         weights = {name: tensor.contiguous() for name, tensor in weights.items()}
-        save_file(weights, out / shard, {"format": "pt"})
-        weight_map |= dict.fromkeys(weights, shard)
-    if index:
-        index |= {"weight_map": weight_map}
+        save_file(weights, out / path.name, {"format": "pt"})
+        weight_map |= dict.fromkeys(weights, path.name)
+    if len(set(weight_map.values())) > 1:
+        index = {"metadata": {}, "weight_map": weight_map}
         (out / "model.safetensors.index.json").write_text(json.dumps(index))
-    if generation := find_file(source, "generation_config.json", required=False):
-        shutil.copy(generation, out)
+    if (source / "generation_config.json").exists():
+        shutil.copy(source / "generation_config.json", out)
     config |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
     config.pop("auto_map", None)
     (out / "config.json").write_text(json.dumps(config, indent=2))  # last: without it, `out` is no checkpoint

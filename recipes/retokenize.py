@@ -20,7 +20,7 @@ from sample import Rollouts, check_lengths, decode, encode, sample
 def open_explorer(args, run):
     """explore(prompts, n, generator) -> Rollouts [P, n] in the learner's tokens."""
     if args.off_policy in ("behaviour", "truncated"):
-        raise ValueError(f"--off-policy {args.off_policy} needs the explorer's log-prob of each token, now lost")
+        raise ValueError(f"--off-policy {args.off_policy} needs the explorer's log-prob of each token")
     explorer, theirs = load(args.explorer, run.learner.head.device, run.learner.head.dtype)
     run.weights["explorer"] = fingerprint(explorer.requires_grad_(False))
     explorer.compiled = run.learner.compiled
