@@ -191,7 +191,8 @@ def results_of(args, name, problems_of, out):
                 random = torch.Generator().manual_seed(args.seed * 1_000_003 + start)
                 found = evaluate(write, tokenizer, problems[start:start + 16], args.n, random, args.thinking)
                 result |= {key: result.get(key, []) + found[key] for key in found}
-            path.write_text(json.dumps(result))
+            (out / "partial").write_text(json.dumps(result))
+            (out / "partial").replace(path)
         yield data, json.loads(path.read_text())
 
 

@@ -418,8 +418,9 @@ def load(source, device="cpu", dtype=torch.float32):
             model = Transformer(Config.from_hf(hf))
         model = model.to(dtype).to_empty(device=device)
         load_weights(model, directory)
+        model(torch.zeros(1, 1, dtype=torch.long, device=device))  # some faults show only in use
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-        tokenizer.decode(tokenizer("1").input_ids)  # some faults show only in use
+        tokenizer.decode(tokenizer("1").input_ids)
         model.num_tokens = min(1 + max(tokenizer.get_vocab().values()), model.config.vocab_size)
         generation = directory / "generation_config.json"
         stops = json.loads(generation.read_text()).get("eos_token_id") if generation.exists() else None

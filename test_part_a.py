@@ -276,7 +276,7 @@ def test_the_kernel_never_holds_tokens_by_vocabulary():
 
 
 def test_trap_6_log_softmax_and_sums_over_chunks_are_fp32():
-    """In bfloat16 a log-prob is off by up to 0.06, and its ratio by 6%: noise for the clip to act on."""
+    """In bfloat16 a log-prob is off by 0.03 on average, and its ratio by 3%: noise for the clip to act on."""
     h, w, targets, upstream = kernel_case(torch.bfloat16)
     logits = (h @ w.T).detach()
     exact, narrow = (x.log_softmax(-1).gather(1, targets[:, None])[:, 0] for x in (logits.double(), logits))
@@ -509,7 +509,7 @@ def downhill(model):
 def test_traps_11_12_update_equals_the_plain_loss_in_micro_batches_of_any_size():
     """A loss that depends on how the batch is cut is another objective on every GPU. Every loss, treatment
     of explorer tokens and KL estimator; one optimiser step and three, the later ones off-policy."""
-    learner, reference, explorer = (tiny_model(seed=seed) for seed in range(3))
+    learner, reference, explorer = (tiny_model(seed=seed, num_hidden_layers=1) for seed in range(3))
     start, groups = copy.deepcopy(learner.state_dict()), torch.arange(4).repeat_interleave(4)
     A = torch.randn(4, 4, generator=seeded(2))
     r = sampling.join(*(sampling.sample(m, PROMPTS, 2, seeded(), 6, 0.9) for m in (explorer, learner)))
@@ -517,7 +517,7 @@ def test_traps_11_12_update_equals_the_plain_loss_in_micro_batches_of_any_size()
     logprobs = lambda model, rows: row_logprobs(model, PROMPTS, groups[rows], ids[rows], mask[rows], 0.9)
     fixed = [logprobs(model, slice(16)).detach() for model in (learner, reference)]
     fixed += [x.flatten(0, 1) for x in (r.logps, r.from_explorer, A, r.lengths)]
-    s = SimpleNamespace(kl_coef=0.1, max_new_tokens=6, temperature=0.9, clip_low=0.1, clip_high=0.4)
+    s = SimpleNamespace(kl_coef=0.1, max_new_tokens=7, temperature=0.9, clip_low=0.1, clip_high=0.4)
     choices, drifted = itertools.product(grpo.LOSSES, grpo.OFF_POLICY), 0
     cycles = itertools.cycle(("k1", "k2", "k3")), itertools.cycle((1, 3))
     for (s.loss, s.off_policy), s.kl_estimator, s.minibatches in zip(choices, *cycles):
@@ -626,7 +626,8 @@ def test_traps_12_13_15_ratios_by_hand_and_an_empty_row_is_harmless(loss):
         expected = difference.mean().expand(n) if loss == "gspo" else difference
         assert torch.allclose(ratio[row, :n], expected.exp())
     gradient, = torch.autograd.grad(value + grpo.kl_penalty(logps, old, w, mask), logps)
-    assert torch.isfinite(gradient).all() and not gradient[~mask].any() and gradient[mask].any()
+    assert torch.isfinite(value) and torch.isfinite(gradient).all()
+    assert not gradient[~mask].any() and gradient[mask].any()
     assert all(torch.equal(x, y) for x, y in zip((mask, A, logps, old), copies))
 
 
@@ -653,7 +654,8 @@ def test_trap_26_what_divides_in_the_ratio_of_explorer_tokens(choice, weight):
     old, found = grpo.off_policy_correction(choice, learner, sampler, explorer, A, mask)
     assert torch.equal(old, torch.stack([(sampler if choice == "behaviour" else learner)[0], learner[1]]))
     assert torch.allclose(found, torch.tensor([weight, [1.0, 1.0]]))
-    mask[0, 1] = False  # then the first token alone counts: its log-ratio of 2 is cut
+    mask[0, 0] = False  # then the second token alone counts, with its log-ratio of -1
     padded = [x.masked_fill(~mask, 0.0) for x in (learner, sampler)]
     _, found = grpo.off_policy_correction(choice, *padded, explorer, -A, mask)
-    assert found[0, 0] == (2 if choice in ("truncated", "geometric") else 1)  # `positive` lets A > 0 pass
+    expected = math.exp(-1) if choice in ("truncated", "geometric") else 1  # `positive` lets A > 0 pass
+    assert found[0, 1].item() == pytest.approx(expected)

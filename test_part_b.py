@@ -453,8 +453,8 @@ def test_a_damaged_checkpoint_is_passed_over(damage, family, tmp_path, capsys, r
     (lambda out, run: run.learner.norm.weight.data.fill_(torch.nan), 4, "not finite in five steps, up to 7")])
 def test_an_accident_in_step_3_ends_the_run_and_what_was_saved_stays(
         accident, code, complaint, family, tmp_path, capsys, resumes):
-    """One NaN gradient applied, and every later checkpoint is NaN; one checkpoint overwritten in place, and a
-    full disk takes all. The exit code says whether smaller batches would help."""
+    """A checkpoint of NaN takes the last good one's place; one written in place takes it too when the disk is
+    full. The exit code says whether smaller batches would help."""
     def open_explorer(args, run):
         def explore(*inputs):
             if training.last_step(run) == 2:
@@ -533,6 +533,9 @@ def test_defaults_depend_on_whose_model_it_is(family, tmp_path):
     yours = ("--learner", "x", "--explorer", "none", "--data", "d")
     assert picked() == [8e-4, 16, 256, 32, 20] and picked(*yours) == [1e-6, 512, 64, 4, 20]
     assert picked(*yours, "--lora-rank", "8", "--steps", "7") == [1e-5, 512, 64, 4, 3]
+    for incomplete in (yours[:4], yours[:2] + yours[4:], ("--resume",)):  # no data; no explorer; no --out
+        with pytest.raises(SystemExit):
+            training.parse_flags([*incomplete])
     for more in ((), ("--compile",)):
         args = training.parse_flags(flags(family, tmp_path / f"{more}", *more))
         run, explore = training.load_run(args, training.open_explorer)
@@ -543,9 +546,10 @@ def test_the_readme_names_what_exists():
     """A reader's first command must not fail."""
     text, flag = (ROOT / "README.md").read_text(), r"(?<![\w-])--[a-z][a-z0-9-]*"
     sources = [p for p in (*ROOT.glob("*.py"), *ROOT.glob("*/*.py")) if not p.name.startswith("test_")]
-    known = lambda paths: {"--help"}.union(*(re.findall(r'"(--[a-z0-9-]+)"', p.read_text()) for p in paths))
+    known = lambda paths: {"--help"}.union(*(re.findall(r'add\w*\("(--[^"]+)"', p.read_text()) for p in paths))
     for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
         assert (ROOT / link).exists(), link
     assert {*re.findall(flag, text)} <= known(sources)
-    for script, words in re.findall(r"python ((?:\w+/)*\w+\.py)((?:[^\n`#|&]|\\\n)*)", text):
-        assert {*re.findall(flag, words)} <= known([ROOT / script]), f"{script} {words}"
+    for script, words in re.findall(r"python ((?:\w+/)*\w+\.py)((?:\\\n|[^\n`#|&])*)", text):
+        also = "train.py" if "/" in script else script  # recipes hand train.py's flags on
+        assert {*re.findall(flag, words)} <= known([ROOT / script, ROOT / also]), f"{script} {words}"

@@ -24,16 +24,19 @@ import re
 import sys
 import tempfile
 import time
+import types
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import model as models
 import reward
-import sample as sampling
 from recipes.family import make_family
+from recipes.pool import open_pool
+from sample import encode
 
 try:
     import hypothesis
@@ -130,32 +133,37 @@ def good_files():
         out = Path(directory, "family")
         make_family(out, "natural", sizes={"learner": (16, 2), "explorer": (24, 1)}, corpus_size=640, epochs=4)
         whole, another = ({file.name: file.read_bytes() for file in (out / name).iterdir()} for name in ("learner", "explorer"))
-        weights, pair = dict(models.read_safetensors(out / "learner" / "model.safetensors")), models.load(out / "learner")
+        weights, pair = load_file(out / "learner" / "model.safetensors"), models.load(out / "learner")
         shard_of = {name: f"model-{i % 2}.safetensors" for i, name in enumerate(weights)}
         shards = whole | {"model.safetensors.index.json": json.dumps({"metadata": {}, "weight_map": shard_of}).encode()}
         del shards["model.safetensors"]
         for shard in shard_of.values():
-            models.write_safetensors(out / shard, {name: weights[name] for name in weights if shard_of[name] == shard})
+            save_file({name: weights[name] for name in weights if shard_of[name] == shard}, out / shard)
             shards[shard] = (out / shard).read_bytes()
         problems = b"".join((out / "train.jsonl").read_bytes().splitlines(keepends=True)[:20])
     rollout = b'{"prompt_ids": [%d, 2], "response_ids": [1, 3, 0], "small_model_log_probs": [-0.5, -1.0, -0.1]}\n'
-    pool = b"".join(rollout % i for i in range(9))
-    return {"problems": {"a.jsonl": problems}, "pool": {"a.jsonl": pool}, "checkpoint": whole, "shards": shards}, another, *pair
+    pool = {"a.jsonl": b"".join(rollout % i for i in range(9)), "a.jsonl.settings.json": b'{"model": "x", "stop_ids": [0]}'}
+    return {"problems": {"a.jsonl": problems}, "pool": pool, "checkpoint": whole, "shards": shards}, another, *pair
 
 
 def use(kind, directory):
     """Loads what is there, files of this kind, and uses it."""
     model, tokenizer = good_files()[2:]
     if kind == "problems":
-        for problem in reward.load_problems(directory):
-            sampling.encode_prompt(problem, tokenizer)
+        for problem in reward.load_problems(Path(directory, "a.jsonl")):
+            encode(problem.prompt, tokenizer)
     elif kind == "pool":
-        pool = sampling.Pool([Path(directory, "a.jsonl")], model.num_tokens, model.config.max_position_embeddings)
-        assert not pool.places or pool.draw(list(pool.places), 1, torch.Generator(), model)
+        args = argparse.Namespace(explorer=str(Path(directory, "a.jsonl")), data="a.jsonl", max_new_tokens=4, steps=1, mix_steps=1,
+                                  schedule="step", explorer_share=1, group_size=1, prompts_per_step=1, seed=0)
+        problem, learner = reward.Problem("1+2=", "3"), types.SimpleNamespace(**vars(model))
+        learner.head, learner.stop_ids = model.head, (0,)
+        for i in range(9):
+            run = argparse.Namespace(learner=learner, prompts=[[i, 2]], problems=[problem], weights={})
+            assert open_pool(args, run)(run.prompts, 1, torch.Generator()).lengths.shape == (1, 1)
     else:
         model, tokenizer = models.load(directory)
         model(torch.zeros(1, 3, dtype=torch.long))
-        tokenizer.decode(sampling.encode_prompt(reward.Problem("1+2=", "3"), tokenizer))
+        tokenizer.decode(encode(reward.Problem("1+2=", "3").prompt, tokenizer))
 
 
 def files(count, seed):

@@ -4,8 +4,8 @@
     python recipes/data.py somewhere/math.parquet --out data/math.jsonl
 
 Reads JSONL, JSON arrays and parquet, a file or a directory of them, in the layouts of GSM8K, MATH,
-OlympiadBench, CommonsenseQA, DAPO-Math-17k and prompt/completion. A problem that comes again is left out, as is
-one whose answer no response can match, such as a proof. Both are counted.
+OlympiadBench, CommonsenseQA, DAPO-Math-17k and prompt/completion. Left out and counted are problems that come
+again and those whose answers no response can match, such as proofs.
 """
 import argparse
 import difflib
@@ -61,8 +61,8 @@ def files_of(source):
     if len(splits) > 1:
         raise ValueError(f"{source} holds {' and '.join(sorted(splits))} files: give the path of one of them")
     if not found:
-        csv = [f": python -c \"import pandas; pandas.read_csv('{file}').to_json('data.jsonl', orient='records', "
-               "lines=True)\" makes JSONL of it" for file in files if file.suffix == ".csv"]
+        csv = [f": python -c \"import pandas; pandas.read_csv('{file}').to_json('data.jsonl', "
+               "orient='records', lines=True)\" makes JSONL of it" for file in files if file.suffix == ".csv"]
         raise ValueError(f"{source} holds {', '.join(sorted(kinds)) or 'nothing'}, and read are "
                          f"{', '.join(READ)}{''.join(csv[:1])}")
     return found

@@ -74,10 +74,16 @@ def open_pool(args, run):
     """explore(prompts, n, generator) -> Rollouts [P, n] from the file args.explorer. ValueError or OSError if
     it is no pool, or has too little for this run."""
     path, note, stop_ids = args.explorer, Path(args.explorer + ".settings.json"), run.learner.stop_ids
-    settings = json.loads(note.read_text()) if note.exists() else {"model": "EXPLORER", "stop_ids": stop_ids}
-    if not note.exists():
+    writer, theirs = "EXPLORER", stop_ids
+    if note.exists():
+        try:
+            writer, theirs = (json.loads(note.read_text())[key] for key in ("model", "stop_ids"))
+            assert all(type(i) is int and 0 <= i < run.learner.num_tokens for i in theirs)
+        except (ValueError, LookupError, TypeError, AssertionError, RecursionError) as error:
+            raise ValueError(f"{note}: no settings of a pool: {error!r:.200}") from error
+    else:
         print(f"{path} has no settings beside it: taken for its stop tokens are the learner's, {stop_ids}")
-    run.learner.stop_ids = tuple(sorted({*stop_ids, *settings["stop_ids"]}))  # as in train.frozen_model
+    run.learner.stop_ids = tuple(sorted({*stop_ids, *theirs}))  # as in train.frozen_model
     places, run.weights["explorer"] = index(path)
 
     wanted, measured = {}, args.schedule == "measured"  # {problem: the most rollouts that a step asks of it}
@@ -92,7 +98,7 @@ def open_pool(args, run):
         raise ValueError(
             f"{path} lacks {sum(missing.values()):,} rollouts of {len(missing):,} prompts, {missing[i]} of "
             f"{wanted[i]} of {run.problems[i].question[:40]!r} say: python recipes/pool.py --model "
-            f"{settings['model']} --data {args.data} --n {max(wanted.values())} --out NEW.jsonl makes enough")
+            f"{writer} --data {args.data} --n {max(wanted.values())} --out NEW.jsonl makes enough")
     explore = partial(draw, path, places, run.learner, args.max_new_tokens)
     for i in list(wanted)[:1]:
         explore([run.prompts[i]], 1, torch.Generator())  # what is wrong with all records shows at once
@@ -132,7 +138,7 @@ def draw(path, places, learner, max_new_tokens, prompts, n, generator):
                 file.seek(there[i])
                 try:
                     records.append(read(file.readline(), prompt, learner))
-                except (ValueError, KeyError, TypeError) as error:
+                except (ValueError, KeyError, TypeError, RecursionError) as error:
                     raise OSError(f"{path}, byte {there[i]}: no rollout to use: {error!r:.200}") from error
     ids, logps = ([torch.tensor(row[:max_new_tokens]) for row in rows] for rows in zip(*records))
     lengths = torch.tensor([len(row) for row in ids])

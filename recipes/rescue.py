@@ -42,8 +42,8 @@ def rescue(args, run, explore):
         if n_rest:
             scores = score_all(problems, decode(rollouts, run.tokenizer))
             failed = (scores[..., 1] == 0).all(1)                                  # [P] strictly
-            rest = by_either(prompts, n_rest, failed, partial(explore, generator=random(EXPLORER)),
-                             partial(by_learner, generator=learner_random))        # [P, n_rest]
+            rest = by_either(prompts, n_rest, failed, (explore, random(EXPLORER)),
+                             (by_learner, learner_random))                         # [P, n_rest]
             from_explorer = torch.cat([rollouts.from_explorer, rest.from_explorer], dim=1)
             rollouts = join(rollouts, rest)                                        # [P, G]
             rollouts.from_explorer = from_explorer  # join marks its first part, here the learner's
@@ -62,12 +62,13 @@ def rescue(args, run, explore):
             break
 
 
-def by_either(prompts, n, failed, explore, by_learner):
-    """Rollouts [P, n]: by `explore` of the prompts that failed [P], by `by_learner` of the others."""
+def by_either(prompts, n, failed, *writers):
+    """Rollouts [P, n]: by the first of two writers (explore, generator) of the prompts that failed [P], by the
+    second of the others."""
     parts = []
-    for write, which in ((explore, failed), (by_learner, ~failed)):
+    for (write, generator), which in zip(writers, (failed, ~failed)):
         chosen = [prompt for prompt, wanted in zip(prompts, which.tolist()) if wanted]
-        parts.append(turned(write(chosen, n)) if chosen else None)
+        parts.append(turned(write(chosen, n, generator)) if chosen else None)
     order = torch.cat([failed.nonzero(), (~failed).nonzero()]).flatten().argsort()  # [P] back to the prompts'
     return Rollouts(**{name: x[order.to(x.device)] for name, x in vars(turned(join(*parts))).items()})
 
