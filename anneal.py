@@ -63,13 +63,14 @@ def split_group(share, group_size, learner_at_least=0):
 def main():
     parser = argparse.ArgumentParser(description="Print how each group is split at every step.")
     parser.add_argument("--steps", type=int, default=16, help="training steps T")
-    parser.add_argument("--mix-steps", type=int, default=8, help="mixing steps T_mix")
+    parser.add_argument("--mix-steps", type=int, help="mixing steps T_mix; half of --steps where not given")
     parser.add_argument("--group-size", type=int, default=16, help="rollouts per prompt G")
     fixed = {name: meaning for name, meaning in SCHEDULES.items() if name != "measured"}
     parser.add_argument("--schedule", choices=fixed, default="linear",
                         help="; ".join(f"{name}: {meaning}" for name, meaning in fixed.items()))
     parser.add_argument("--explorer-share", type=float, default=0.5, help="the share of --schedule constant")
     args = parser.parse_args()
+    args.mix_steps = max(1, args.steps // 2) if args.mix_steps is None else args.mix_steps
     if not (args.steps >= args.mix_steps >= 1 <= args.group_size and 0 <= args.explorer_share <= 1):
         parser.error("--mix-steps lies in 1..--steps, --explorer-share in 0..1, --group-size starts at 1")
     print(" step   alpha  explorer  learner")

@@ -1,6 +1,6 @@
 """pass@k of one or several models on the same problems: table, JSON and picture, with the crossover marked.
 
-    cd runs/family-habit && python ../../eval.py --model learner explorer --data heldout.jsonl
+    python eval.py --model runs/family-habit/learner runs/family-habit/explorer --data PROBLEMS.jsonl
 
 pass@k is the chance that at least one of k independent rollouts is right. From n >= k rollouts of which c are
 right, "any of the first k" is a noisy estimate; 1 - C(n-c, k) / C(n, k), averaged over problems, uses every

@@ -57,7 +57,7 @@ def score(problem, text):
     """What `text`, a model's decoded response to a problem, is worth."""
     if problem.task == "habit":  # the type fixes the operator, so exactly one worked solution is right
         answer = text[-1:] == problem.answer
-        strict = text == habit_solution(problem.question, HABIT_OPERATOR[problem.question[0]])
+        strict = answer and text == habit_solution(problem.question, HABIT_OPERATOR[problem.question[0]])
     elif problem.task == "natural":
         answer = text[-1:] == problem.answer
         strict = answer and natural_is_legal(problem.question, text)

@@ -166,7 +166,7 @@ def sample(model, prompts, n, generator, max_new_tokens, temperature=1.0, top_k=
 
     R, waiting = G * min(P, max(1, rows // G)), prompts  # rows in flight: a group enters as a whole
     slots = max(map(len, prompts)) + T
-    cache = KVCache(model, R, slots)
+    cache = KVCache(model, R, slots + 1)  # one is never read: a slice of all slots would be compiled anew
     active, token = torch.zeros(2, R, dtype=torch.long, device=device)  # each row's rollout and last token
     running = torch.zeros(R, dtype=torch.bool, device=device)
     step = compiled(decode_step) if model.compiled else decode_step

@@ -149,7 +149,7 @@ def parse_flags(argv=None):
     add("--loss", choices=LOSSES, default="grpo", help="weight of tokens: grpo.py token_weights (grpo)")
     add("--off-policy", choices=OFF_POLICY, default="recompute",
         help="how the explorer's tokens count: grpo.py off_policy_correction (recompute)")
-    add("--clip-low", type=float, default=0.2, help="ratios are clipped below at 1 - this (0.2)")
+    add("--clip-low", type=float, default=0.2, help="ratios are clipped below at 1 - this; 1: never (0.2)")
     add("--clip-high", type=float, default=0.2, help="ratios are clipped above at 1 + this (0.2)")
     add("--kl-coef", type=float, default=0.0, help="KL to the initial learner; the paper's is 0.001 (0)")
     add("--max-grad-norm", type=float, default=1.0, help="gradients are scaled down to this norm (1)")
@@ -232,7 +232,10 @@ def past_steps(run):
 def load_run(args, open_explorer):
     """(Run, explore). What was typed is checked before anything is made. ValueError or OSError, one line."""
     out, family = Path(args.out), Path(f"runs/family-{args.task}")
-    if out.exists() and any(out.iterdir()) and not (args.resume and (out / "config.json").exists()):
+    there = [path for path in out.glob("*") if path.suffix != ".partial"]  # but a first write cut short
+    if there and args.resume and not (out / "config.json").exists():
+        raise ValueError(f"--resume: {out} holds no run")
+    if there and not args.resume:
         raise ValueError(f"{out} is there already: --resume continues a run, another --out begins one")
     device, dtype = pick_device(args.device), getattr(torch, args.dtype)
     if args.learner == f"{family}/learner" and not family.exists():
@@ -319,8 +322,9 @@ def claim(args, run, out):
             changed = [f"{name} {before.get(name)} -> {settings[name]}" for name in changed]
             raise ValueError(f"{out} began with other settings: {', '.join(changed)}")
         restore(run, out)
-    (out / "rollouts").mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     write_whole(out / "config.json", lambda file: file.write(json.dumps(settings, indent=2).encode()))
+    (out / "rollouts").mkdir(exist_ok=True)
     (out / "metrics.jsonl").write_text("".join(map(as_json, run.history)))
 
 
@@ -418,7 +422,8 @@ def evaluate_model(args, run, write):
 
 
 def evaluate_base_models(args, run, explore):
-    """pass@k of learner and explorer before training, printed and kept as step 0."""
+    """pass@k before training, printed and kept as step 0: of the learner at temperature 1, as in all
+    evaluations, and of the explorer as it will sample."""
     if run.history or not run.eval_problems:
         return
     print(f"pass@k before training: {len(run.eval_problems)} problems x {args.eval_n} rollouts", flush=True)
@@ -464,8 +469,9 @@ def fail(code, error):
 
 
 def main(argv=None, loop=train, open_explorer=open_explorer):
-    """Recipes give another loop, or another value of the seam `explore`. Exit codes: 2 bad input or a full
-    disk, 3 out of memory, 4 NaN, 128 + n signal n."""
+    """Recipes give another loop, or an open_explorer(args, run) that returns another `explore` and notes in
+    run.weights["explorer"] what a resumed run must find again.
+    Exit codes: 2 bad input or a full disk, 3 out of memory, 4 NaN, 128 + n signal n."""
     run = None
     try:
         args = parse_flags(argv)

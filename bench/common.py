@@ -1,4 +1,6 @@
-"""What the benchmarks share: interleaved timing, peak memory, models of random weights with their transformers twin."""
+"""What the benchmarks share: interleaved timing, peak memory, models of random weights with their
+transformers twin.
+"""
 import ctypes
 import os
 import platform
@@ -13,25 +15,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import model as models  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SMOLLM2 = dict(model_type="llama", vocab_size=49_152, hidden_size=576, intermediate_size=1_536, num_hidden_layers=30,
-               num_attention_heads=9, num_key_value_heads=3, head_dim=64)  # SmolLM2-135M
+SMOLLM2 = dict(model_type="llama", vocab_size=49_152, hidden_size=576, intermediate_size=1_536,
+               num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, head_dim=64)  # of 135M
 TINY = dict(model_type="qwen3", vocab_size=512, hidden_size=128, intermediate_size=384, num_hidden_layers=4,
             num_attention_heads=4, num_key_value_heads=2, head_dim=32)  # 0.85M parameters
-QWEN3_06B = dict(model_type="qwen3", vocab_size=151_936, hidden_size=1_024, intermediate_size=3_072, num_hidden_layers=28,
-                 num_attention_heads=16, num_key_value_heads=8, head_dim=128)
+QWEN3_06B = dict(model_type="qwen3", vocab_size=151_936, hidden_size=1_024, intermediate_size=3_072,
+                 num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8, head_dim=128)
 
 
 def machine():
     """One line for the head of each table: ratios travel between machines, absolute figures do not."""
     import transformers
     name = torch.cuda.get_device_name() if DEVICE == "cuda" else platform.processor() or platform.machine()
-    return (f"{name}, {torch.get_num_threads()} threads of {os.cpu_count()} cores, torch {torch.__version__}, "
-            f"transformers {transformers.__version__}")
+    return (f"{name}, {torch.get_num_threads()} threads of {os.cpu_count()} cores, torch "
+            f"{torch.__version__}, transformers {transformers.__version__}")
 
 
 def full(config):
-    return dict(config, rms_norm_eps=1e-6, max_position_embeddings=4_096, tie_word_embeddings=True, hidden_act="silu",
-                rope_parameters={"rope_type": "default", "rope_theta": 1e4})
+    return dict(config, rms_norm_eps=1e-6, max_position_embeddings=4_096, tie_word_embeddings=True,
+                hidden_act="silu", rope_parameters={"rope_type": "default", "rope_theta": 1e4})
 
 
 def config_of(config):
@@ -52,8 +54,8 @@ def pair(config, dtype=torch.float32):
 
 
 def interleaved(functions, repeats=5):
-    """{name: median seconds} of {name: function}: one unmeasured round, then rounds of one call each, so that whatever
-    else the machine does falls on all of them alike."""
+    """{name: median seconds} of {name: function}: one unmeasured round, then rounds of one call each, so that
+    whatever else the machine does falls on all of them alike."""
     seconds = {name: [] for name in functions}
     for round in range(repeats + 1):
         for name, function in functions.items():
@@ -74,10 +76,12 @@ def peak_memory(function):
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         kept = function()
-        return torch.cuda.max_memory_allocated() - max(before, torch.cuda.memory_allocated() if kept is not None else 0)
+        held = max(before, torch.cuda.memory_allocated() if kept is not None else 0)
+        return torch.cuda.max_memory_allocated() - held
     def rss(field):
         ctypes.CDLL("libc.so.6").malloc_trim(0)  # freed memory that malloc hoards is not held
-        return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(field))
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
     before = rss("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark starts anew
@@ -101,7 +105,8 @@ TARGETS = []
 def target(name, measured, goal, at_least=False):
     """Notes a ratio to be printed by `report`: at most `goal`, or at least."""
     ok = measured >= goal if at_least else measured <= goal
-    TARGETS.append(f"TARGET {name} {measured:.3g} {'>=' if at_least else '<='}{goal:g} {'ok' if ok else 'short'}")
+    sign = ">=" if at_least else "<="
+    TARGETS.append(f"TARGET {name} {measured:.3g} {sign}{goal:g} {'ok' if ok else 'short'}")
 
 
 def report():

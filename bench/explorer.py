@@ -2,8 +2,10 @@
 
     python bench/explorer.py
 
-T_mix is half of the steps, as in the paper's best runs and train.py's default. Both methods write the same number of
-rollouts of the same length. Random weights; one pair has the laptop family's sizes, the other the paper's ratio."""
+T_mix is half of the steps, as in the paper's best runs and train.py's default. Both methods write the same
+number of rollouts of the same length. Random weights; one pair has the laptop family's sizes, the other the
+paper's ratio.
+"""
 import torch
 from common import TINY, config_of, interleaved, machine, report, target
 
@@ -12,14 +14,16 @@ from anneal import explorer_share, split_group
 from sample import sample
 
 G, L, STEPS = 16, 12, 60
-pair = lambda *sizes: [dict(TINY, hidden_size=d, intermediate_size=3 * d, num_hidden_layers=n, head_dim=d // 4)
-                       for d, n in sizes]
+pair = lambda *sizes: [
+    dict(TINY, hidden_size=d, intermediate_size=3 * d, head_dim=d // 4, num_hidden_layers=n)
+    for d, n in sizes]
 HABIT = pair((64, 3), (32, 2))  # train.py's laptop family: learner, explorer
 PAPER = pair((256, 6), (128, 5))  # an explorer of about a fifth of the learner, as Qwen3-1.7B is of 8B
 
 
 def flops(config, P, T, rows):
-    """Two per weight and token, for P prompts (once each) and all but a row's last of T tokens; attention left out."""
+    """Two per weight and token, for P prompts (once each) and all but a row's last of T tokens. Without
+    attention."""
     weights = sum(p.numel() for p in models.Transformer(config_of(config)).parameters())
     return 2 * weights * (P * L + rows * (T - 1))
 
@@ -36,12 +40,13 @@ def run(label, learner, explorer, P, T):
                               for model, k in zip(both, (G - n, n)) if k]) for n in range(G + 1)}
     seconds = interleaved(times, 5)
     mixed, alone = sum(seconds[n] for n, _ in split), STEPS * seconds[0]
-    work = sum((flops(explorer, P, T, P * n) if n else 0) + (flops(learner, P, T, P * m) if m else 0) for n, m in split)
+    work = sum(flops(config, P, T, P * n)
+               for counts in split for config, n in zip((explorer, learner), counts) if n)
     of_flops = work / (STEPS * flops(learner, P, T, P * G))
     size = [sum(p.numel() for p in model.parameters()) for model in both]
-    print(f"\n{label}: {size[1]:,} parameters explore for {size[0]:,}, and write {sum(n for n, _ in split) / (STEPS * G):.0%} "
-          f"of {STEPS} x {P} x {G} rollouts of {T} tokens\n"
-          f"  rollouts of a whole run   GRPO {alone:.1f} s   S2L-PO {mixed:.1f} s   FLOPs {of_flops:.2f} of GRPO's")
+    print(f"\n{label}: {size[1]:,} parameters explore for {size[0]:,}, and write "
+          f"{sum(n for n, _ in split) / (STEPS * G):.0%} of {STEPS} x {P} x {G} rollouts of {T} tokens\n"
+          f"  rollouts of a run   GRPO {alone:.1f} s   S2L-PO {mixed:.1f} s   FLOPs {of_flops:.2f} of GRPO's")
     target(f"{label}_rollout_seconds_of_grpo", mixed / alone, 0.8)
     target(f"{label}_rollout_flops_of_grpo", of_flops, 0.8)
 

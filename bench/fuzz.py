@@ -1,15 +1,17 @@
-"""Hostile input: each string must get a verdict and each broken file one line that names it, quickly and without a crash.
+"""Hostile input: each string must get a verdict and each broken file one line that names it, quickly and
+without a crash.
 
     python bench/fuzz.py strings --count 1000000    through the scorers: 4 to 5 minutes on 2 cores
     python bench/fuzz.py files --count 20000        through the loaders: 3 to 4 minutes on 2 cores
     python bench/fuzz.py golds --data math500.jsonl     real answers with one mistake put in: 10 seconds
 
-Strings are random bytes, deeply nested or endlessly repeated LaTeX, numbers of thousands of digits, and real answers with
-pieces cut out, doubled and swapped, up to 20,000 characters (a response of 4,096 tokens is about that long); a tenth are of
-hypothesis's invention. Each goes through score for two kinds of problem out of six and, with another, through answers_equal.
-Files are problems, pools and checkpoints, with bytes, lines or JSON values cut, changed, doubled or swapped. What is loaded
-must work, and all else be refused by a ValueError or OSError of one line with the path. Prints the counts and the slowest.
-A call that takes minutes ends the process and says where it was.
+Strings are random bytes, deeply nested or endlessly repeated LaTeX, numbers of thousands of digits, and real
+answers with pieces cut out, doubled and swapped, up to 20,000 characters (a response of 4,096 tokens is about
+that long); a tenth are of hypothesis's invention. Each goes through score for two kinds of problem out of six
+and, with another, through answers_equal. Files are problems, pools and checkpoints, with bytes, lines or JSON
+values cut, changed, doubled or swapped. What is loaded must work, and all else be refused by a ValueError or
+OSError of one line with the path. Prints the counts and the slowest. A call that takes minutes ends the
+process and says where it was.
 """
 import argparse
 import collections
@@ -43,11 +45,14 @@ try:
 except ImportError:
     hypothesis = print("without hypothesis: pip install hypothesis adds strings of its invention")
 
-PIECES = [*"{}[]()$\\,./^_=-+*%&~ \n\0 0123456789abcXYZ°≤−é", "\\boxed{", "\\frac{", "\\dfrac", "\\sqrt", "\\left(", "\\right)", "\\text{",
-          "\\cup", "\\{", "\\}", "\\boxed", "####", "Answer:", "answer: ", "1/3", "1,000", "-0.5", "10^{", "x=", "\\pi", "^\\circ", "\\%",
-          "dollars", "\\infty", "\\begin{pmatrix}", "&", "\\\\", "٣", "１", "²", "\ud800", "{}.__class__", "%s%n", "../../etc/passwd"]
-PROBLEMS = [reward.Problem("What is 6*7?", "42"), reward.Problem("?", "\\frac{1}{2}"), reward.Problem("?", "\\{1, 2, (3, 4]\\}"),
-            reward.Problem("Which?", "B", "choice"), reward.Problem("Bfa483920=", "2", "habit"), reward.Problem("3+4*2=", "1", "natural")]
+PIECES = [*"{}[]()$\\,./^_=-+*%&~ \n\0 0123456789abcXYZ°≤−é", "\\boxed{", "\\frac{", "\\dfrac", "\\sqrt",
+          "\\left(", "\\right)", "\\text{", "\\cup", "\\{", "\\}", "\\boxed", "####", "Answer:", "answer: ",
+          "1/3", "1,000", "-0.5", "10^{", "x=", "\\pi", "^\\circ", "\\%", "dollars", "\\infty",
+          "\\begin{pmatrix}", "&", "\\\\", "٣", "１", "²", "\ud800",
+          "{}.__class__", "%s%n", "../../etc/passwd"]
+PROBLEMS = [reward.Problem("What is 6*7?", "42"), reward.Problem("?", "\\frac{1}{2}"),
+            reward.Problem("?", "\\{1, 2, (3, 4]\\}"), reward.Problem("Which?", "B", "choice"),
+            reward.Problem("Bfa483920=", "2", "habit"), reward.Problem("3+4*2=", "1", "natural")]
 
 
 def hostile(rng):
@@ -58,15 +63,18 @@ def hostile(rng):
         few = rng.choices(PIECES, k=rng.randint(1, 2))
         return "".join(few * (length // len("".join(few)) + 1))[:length]
     if kind == 2:  # nested, and closed again or not
-        opened, depth = rng.choice(["{", "\\boxed{", "\\frac{", "(", "\\{", "[", "\\sqrt{", "\\text{"]), max(1, length // 10)
-        return opened * depth + "".join(rng.choices(PIECES, k=5)) + rng.choice(["}", ")", "\\}", "]", ""]) * depth
+        opened = rng.choice(["{", "\\boxed{", "\\frac{", "(", "\\{", "[", "\\sqrt{", "\\text{"])
+        depth, inside = max(1, length // 10), "".join(rng.choices(PIECES, k=5))
+        return opened * depth + inside + rng.choice(["}", ")", "\\}", "]", ""]) * depth
     if kind == 3:
         text = "".join(rng.choices(PIECES, k=max(1, length // 3)))
         return text + "\\boxed{" + "".join(rng.choices(PIECES, k=rng.randint(0, 300))) + "}"
-    text = list(rng.choice(["\\boxed{\\frac{1}{2}}", "#### 1,234.50", "So $x = \\{1, 2\\} \\cup (3, 4]$. Answer: 10\\%", "3+8=1", "-86-33"]) * 3)
+    text = list(rng.choice(["\\boxed{\\frac{1}{2}}", "#### 1,234.50", "So $x = \\{1, 2\\} \\cup (3, 4]$.",
+                            "Answer: 10\\%", "3+8=1", "-86-33"]) * 3)
     for _ in range(rng.randint(0, 10)):
         i, j = sorted(rng.randrange(len(text) + 1) for _ in range(2))
-        text = rng.choice([text[:i] + text[j:], text[:j] + text[i:], text[:i] + [rng.choice(PIECES)] + text[i:]])
+        text = rng.choice([text[:i] + text[j:], text[:j] + text[i:],
+                           text[:i] + [rng.choice(PIECES)] + text[i:]])
     return "".join(text)
 
 
@@ -76,7 +84,8 @@ def strings(count, seed):
     rng, slowest, before, texts = random.Random(seed), (0.0, ""), "1", []
     if hypothesis:
         how = hypothesis.settings(max_examples=count // 10, database=None, deadline=None)
-        hypothesis.seed(seed)(how(hypothesis.given(hypothesis.strategies.text())(lambda text: texts.append(text))))()
+        given = hypothesis.given(hypothesis.strategies.text())
+        hypothesis.seed(seed)(how(given(lambda text: texts.append(text))))()
     for _ in range(count):
         text = texts.pop() if texts else hostile(rng)
         calls = [functools.partial(reward.score, problem, text) for problem in rng.sample(PROBLEMS, 2)]
@@ -85,16 +94,19 @@ def strings(count, seed):
             try:
                 verdict = call()
             except Exception as error:
-                raise RuntimeError(f"seed {seed}: {type(error).__name__}: {error} on {text[:300]!r}") from error
+                raise RuntimeError(f"seed {seed}: {error!r} on {text[:300]!r}") from error
             slowest = max(slowest, (time.thread_time() - started, repr(text[:100])))
-            assert all(part in (True, False) for part in (verdict if isinstance(verdict, tuple) else (verdict,)))
+            verdict = verdict if isinstance(verdict, tuple) else (verdict,)
+            assert all(part in (True, False) for part in verdict)
         before = text[:rng.choice([20, 1000])]
     return {"scored": count}, *slowest
 
 
-VALUES = [None, True, -1, 0, 1, 2 ** 24, 2 ** 31, 2 ** 63, 10 ** 400, -0.5, 1e308, float("nan"), "", "x", "\ud800", "\0", "../x", "/etc/passwd",
-          "model.safetensors", "é" * 300, [], [0], [-1], ["x"], {}, {"a": {}}, {"rope_type": "llama3"}]
-FAULTS = [b"\0", b"\xff\xfe", b"\xef\xbb\xbf", b"\xc3", b"NaN", b"-Infinity", b'"', b"{", b"[" * 5_000, b"9" * 5_000, b"\n", b"\r", b'"a":1,"a":2,']
+VALUES = [None, True, -1, 0, 1, 2 ** 24, 2 ** 31, 2 ** 63, 10 ** 400, -0.5, 1e308, float("nan"), "", "x",
+          "\ud800", "\0", "../x", "/etc/passwd", "model.safetensors", "é" * 300, [], [0],
+          [-1], ["x"], {}, {"a": {}}, {"rope_type": "llama3"}]
+FAULTS = [b"\0", b"\xff\xfe", b"\xef\xbb\xbf", b"\xc3", b"NaN", b"-Infinity", b'"', b"{", b"[" * 5_000,
+          b"9" * 5_000, b"\n", b"\r", b'"a":1,"a":2,']
 
 
 def other_value(rng, value):
@@ -103,7 +115,8 @@ def other_value(rng, value):
         return rng.choice(VALUES)
     value, kind = value.copy(), rng.randrange(6)
     place = rng.choice(list(value) if isinstance(value, dict) else range(len(value)))
-    value[place] = value[rng.choice(list(value))] if kind == 1 and isinstance(value, dict) else other_value(rng, value[place])
+    swap = kind == 1 and isinstance(value, dict)
+    value[place] = value[rng.choice(list(value))] if swap else other_value(rng, value[place])
     if kind == 0:
         del value[place]
     return value
@@ -113,11 +126,16 @@ def damaged(rng, data, other):
     """Bytes with a fault in them; `other` are those of another file of the kind."""
     i, k = rng.randrange(len(data) + 1), rng.randrange(len(lines := data.splitlines(keepends=True)))
     if rng.random() < 0.6:
-        line = rng.choice([[], [lines[k]] * 2, lines[k:] + lines[:k], [lines[k][:i % len(lines[k])] + b"\n"], [b"\n"]])
-        return rng.choice([data[:i], data[:i] + data[i + 1:], data[:i] + data[i + 1000:], data[:i] + other[i:],
-                           *[data[:i] + rng.choice(FAULTS) + data[i:]] * 4, *[data[:i] + rng.randbytes(1) + data[i + 1:]] * 4,
-                           data.replace(b"{", b'{"a": 1, "a": 2, ', 1), *[b"".join(lines[:k] + line + lines[k + 1:])] * 3])
-    start, end = (8, 8 + int.from_bytes(data[:8], "little")) if data[8:10] == b'{"' else (0, len(data))  # of a safetensors header
+        cut = lines[k][:i % len(lines[k])] + b"\n"
+        line = rng.choice([[], [lines[k]] * 2, lines[k:] + lines[:k], [cut], [b"\n"]])
+        return rng.choice([
+            data[:i], data[:i] + data[i + 1:], data[:i] + data[i + 1000:], data[:i] + other[i:],
+            *[data[:i] + rng.choice(FAULTS) + data[i:]] * 4,
+            *[data[:i] + rng.randbytes(1) + data[i + 1:]] * 4, data.replace(b"{", b'{"a": 1, "a": 2, ', 1),
+            *[b"".join(lines[:k] + line + lines[k + 1:])] * 3])
+    start, end = 0, len(data)
+    if data[8:10] == b'{"':  # the header of safetensors
+        start, end = 8, 8 + int.from_bytes(data[:8], "little")
     text = data[start:end] if start else rng.choice([data, lines[k]])
     try:
         new = json.dumps(other_value(rng, json.loads(text))).encode() + b"\n" * text.endswith(b"\n")
@@ -131,19 +149,23 @@ def good_files():
     """({kind: {name: bytes}}, {name: bytes} of another checkpoint, a model, its tokeniser)."""
     with tempfile.TemporaryDirectory() as directory:
         out = Path(directory, "family")
-        make_family(out, "natural", sizes={"learner": (16, 2), "explorer": (24, 1)}, corpus_size=640, epochs=4)
-        whole, another = ({file.name: file.read_bytes() for file in (out / name).iterdir()} for name in ("learner", "explorer"))
+        sizes = {"learner": (16, 2), "explorer": (24, 1)}
+        make_family(out, "natural", sizes=sizes, corpus_size=640, epochs=4)
+        whole, another = ({file.name: file.read_bytes() for file in (out / name).iterdir()} for name in sizes)
         weights, pair = load_file(out / "learner" / "model.safetensors"), models.load(out / "learner")
         shard_of = {name: f"model-{i % 2}.safetensors" for i, name in enumerate(weights)}
-        shards = whole | {"model.safetensors.index.json": json.dumps({"metadata": {}, "weight_map": shard_of}).encode()}
+        index = json.dumps({"metadata": {}, "weight_map": shard_of}).encode()
+        shards = whole | {"model.safetensors.index.json": index}
         del shards["model.safetensors"]
         for shard in shard_of.values():
             save_file({name: weights[name] for name in weights if shard_of[name] == shard}, out / shard)
             shards[shard] = (out / shard).read_bytes()
         problems = b"".join((out / "train.jsonl").read_bytes().splitlines(keepends=True)[:20])
-    rollout = b'{"prompt_ids": [%d, 2], "response_ids": [1, 3, 0], "small_model_log_probs": [-0.5, -1.0, -0.1]}\n'
-    pool = {"a.jsonl": b"".join(rollout % i for i in range(9)), "a.jsonl.settings.json": b'{"model": "x", "stop_ids": [0]}'}
-    return {"problems": {"a.jsonl": problems}, "pool": pool, "checkpoint": whole, "shards": shards}, another, *pair
+    rollout = b'{"prompt_ids": [%d, 2], "response_ids": [1, 3, 0], "small_model_log_probs": [-1, -2, -0.1]}\n'
+    pool = {"a.jsonl": b"".join(rollout % i for i in range(9)),
+            "a.jsonl.settings.json": b'{"model": "x", "stop_ids": [0]}'}
+    kinds = {"problems": {"a.jsonl": problems}, "pool": pool, "checkpoint": whole, "shards": shards}
+    return kinds, another, *pair
 
 
 def use(kind, directory):
@@ -153,8 +175,9 @@ def use(kind, directory):
         for problem in reward.load_problems(Path(directory, "a.jsonl")):
             encode(problem.prompt, tokenizer)
     elif kind == "pool":
-        args = argparse.Namespace(explorer=str(Path(directory, "a.jsonl")), data="a.jsonl", max_new_tokens=4, steps=1, mix_steps=1,
-                                  schedule="step", explorer_share=1, group_size=1, prompts_per_step=1, seed=0)
+        args = argparse.Namespace(
+            explorer=str(Path(directory, "a.jsonl")), data="a.jsonl", max_new_tokens=4, steps=1, mix_steps=1,
+            schedule="step", explorer_share=1, group_size=1, prompts_per_step=1, seed=0)
         problem, learner = reward.Problem("1+2=", "3"), types.SimpleNamespace(**vars(model))
         learner.head, learner.stop_ids = model.head, (0,)
         for i in range(9):
@@ -169,20 +192,23 @@ def use(kind, directory):
 def files(count, seed):
     """({"kind loaded" or "kind refused": number}, slowest seconds, what it was) of a seeded batch."""
     faulthandler.dump_traceback_later(300, exit=True)
-    (good, another, *_), rng, found, slowest = good_files(), random.Random(seed), collections.Counter(), (0.0, "")
+    good, another, *_ = good_files()
+    rng, found, slowest = random.Random(seed), collections.Counter(), (0.0, "")
     for i in range(count):
         kind = rng.choice(list(good))
         broken, verdict = rng.choice(list(good[kind])), "loaded"
         with tempfile.TemporaryDirectory() as directory, contextlib.redirect_stdout(None):
             for name, data in good[kind].items():
-                Path(directory, name).write_bytes(damaged(rng, data, another.get(name, good["pool"]["a.jsonl"])) if name == broken else data)
+                other = another.get(name, good["pool"]["a.jsonl"])
+                Path(directory, name).write_bytes(damaged(rng, data, other) if name == broken else data)
             case, started = f"seed {seed}, number {i}: {kind}, {broken}", time.thread_time()
             try:
                 use(kind, directory)
             except BaseException as error:  # a panic of a library in Rust is no Exception
                 verdict = "refused"
-                if not isinstance(error, (ValueError, OSError)) or directory not in str(error) or "\n" in str(error):
-                    raise RuntimeError(f"{case}: {type(error).__name__}: {error}") from error
+                named = directory in str(error) and "\n" not in str(error)
+                if not isinstance(error, (ValueError, OSError)) or not named:
+                    raise RuntimeError(f"{case}: {error!r}") from error
         found[f"{kind} {verdict}"] += 1
         slowest = max(slowest, (time.thread_time() - started, case))
     return found, *slowest
@@ -242,12 +268,12 @@ def main():
         parser.error("golds needs --data")
     work, batch, count = {"strings": (strings, 1_000, 1_000_000), "files": (files, 100, 20_000),
                           "golds": (functools.partial(golds, args.data), 2_500, 10_000)}[args.what]
-    os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1",
-                   "PYTHONWARNINGS": "ignore"}  # of the workers
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1",
+                   "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}  # of the workers
     found, slowest = collections.Counter(), (0.0, "")
     with multiprocessing.get_context("spawn").Pool() as pool:
         work, seeds = functools.partial(work, batch), range(-(-(args.count or count) // batch))
-        for verdicts, *case in tqdm(pool.imap_unordered(work, seeds), total=len(seeds), unit="batch", dynamic_ncols=True):
+        for verdicts, *case in tqdm(pool.imap_unordered(work, seeds), total=len(seeds), dynamic_ncols=True):
             found, slowest = found + collections.Counter(verdicts), max(slowest, tuple(case))
     print(*(f"{verdict:20} {number:10,}" for verdict, number in sorted(found.items())),
           f"no crash; the slowest took {slowest[0] * 1000:.1f} ms: {slowest[1]}", sep="\n")

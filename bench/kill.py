@@ -3,11 +3,11 @@
     python bench/kill.py --kills 100           about 12 minutes on 2 cores
     python bench/kill.py --kills 30 --signal TERM
 
-Each life of the run is `python train.py .. --resume` in a process of its own. The signal comes a random moment
-after the first to eighth time that a chosen kind of work has begun: loading, sampling, update, saving,
-evaluating. Three runs, so that live explorers, a pool, and bfloat16 with LoRA, the KL's reference and the schedule
-`measured` all have their share. After SIGTERM the exit code must be 143 (while loading the signal itself may end
-the process); the slowest exit is printed.
+Each life of the run is `python train.py .. --resume` in a process of its own. The signal comes a random
+moment after the first to eighth time that a chosen kind of work has begun: loading, sampling, update, saving,
+evaluating. Three runs, so that live explorers, a pool, and bfloat16 with LoRA, the KL's reference and the
+schedule `measured` all have their share. After SIGTERM the exit code must be 143 (while loading the signal
+itself may end the process); the slowest exit is printed.
 """
 import argparse
 import collections
@@ -31,8 +31,8 @@ sys.path.insert(0, str(ROOT))
 PHASES = ("loading", "sampling", "update", "saving", "evaluating")
 RUNS = {"live explorer": (),
         "pool": ("--explorer", "pool.jsonl", "--mix-steps", 12),
-        "bfloat16, LoRA, KL, measured": ("--dtype", "bfloat16", "--lora-rank", 4, "--lr", 1e-2, "--kl-coef", 0.1,
-                                         "--schedule", "measured")}
+        "bfloat16, LoRA, KL, measured": ("--dtype", "bfloat16", "--lora-rank", 4, "--lr", 1e-2,
+                                         "--kl-coef", 0.1, "--schedule", "measured")}
 
 
 def child(phase_file, flags):
@@ -52,13 +52,14 @@ def child(phase_file, flags):
 
 
 def live(flags, directory, kill_in=None, number=signal.SIGKILL):
-    """One life, of a run that is to be killed while it does `kill_in`. Returns the seconds that dying took, None if
-    the run came to its end before. RuntimeError if it failed by itself, or with another exit code."""
+    """One life, of a run that is to be killed while it does `kill_in`. Returns the seconds that dying took,
+    None if the run came to its end before. RuntimeError if it failed, or with another exit code."""
     phases = directory / "phases"
     phases.write_text("")
     output = open(directory / "output", "w+")
-    process = subprocess.Popen([sys.executable, __file__, "child", str(phases), *map(str, flags)], cwd=directory, stdout=output,
-                               stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen([sys.executable, __file__, "child", str(phases), *map(str, flags)],
+                               cwd=directory, stdout=output, stderr=subprocess.STDOUT,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"})
     if kill_in:
         kind, which = kill_in, 1 if kill_in == "loading" else random.randint(1, 8)
         while process.poll() is None and phases.read_text().split("\n").count(kind) < which:
@@ -81,7 +82,7 @@ def outcome(run):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Kill and resume a training, and compare it with an unbroken one.")
+    parser = argparse.ArgumentParser(description="Kill and resume a training; compare with an unbroken one.")
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--signal", choices=("KILL", "TERM", "INT"), default="KILL")
     parser.add_argument("--seed", type=int, default=0)
@@ -92,14 +93,15 @@ def main():
     with tempfile.TemporaryDirectory() as directory:
         directory = Path(directory)
         family = laptop_family()
-        subprocess.run([sys.executable, ROOT / "recipes/pool.py", "--model", family / "explorer", "--data",
-                        family / "train.jsonl", "--n", "8", "--max-new-tokens", "16", "--out", directory / "pool.jsonl"],
-                       check=True, stderr=subprocess.DEVNULL)
+        pool = ["--model", family / "explorer", "--data", family / "train.jsonl", "--n", "8",
+                "--max-new-tokens", "16", "--out", directory / "pool.jsonl"]
+        subprocess.run([sys.executable, ROOT / "recipes/pool.py", *pool], check=True, capture_output=True)
         for i, (name, more) in enumerate(RUNS.items()):
-            flags = ["--learner", family / "learner", "--explorer", family / "explorer", "--data", family / "train.jsonl",
-                     "--eval-data", family / "heldout.jsonl", "--steps", 40, "--prompts-per-step", 4,
-                     "--group-size", 8, "--max-new-tokens", 16, "--lr", 8e-4, "--eval-problems", 32, "--eval-n", 16,
-                     "--eval-every", 2, "--save-every", 3, "--device", "cpu", *more]
+            flags = ["--learner", family / "learner", "--explorer", family / "explorer",
+                     "--data", family / "train.jsonl", "--eval-data", family / "heldout.jsonl", "--steps", 40,
+                     "--prompts-per-step", 4, "--group-size", 8, "--max-new-tokens", 16, "--lr", 8e-4,
+                     "--eval-problems", 32, "--eval-n", 16, "--eval-every", 2, "--save-every", 3,
+                     "--device", "cpu", *more]
             live([*flags, "--out", directory / f"unbroken-{i}"], directory)
             kills, ended, slowest = collections.Counter(), 0, 0.0
             planned = args.kills // len(RUNS) + (i < args.kills % len(RUNS))
@@ -116,14 +118,17 @@ def main():
             live(again, directory)
             compare(directory, i)
             counts = ", ".join(f"{phase} {kills[phase]}" for phase in PHASES)
-            print(f"{name}: {sum(kills.values())} times SIG{args.signal} ({counts}), dead within {slowest:.1f} s; "
-                  f"{ended + 1} runs to the end, each equal to the unbroken one to the bit", flush=True)
+            print(f"{name}: {sum(kills.values())} times SIG{args.signal} ({counts}), dead within "
+                  f"{slowest:.1f} s; {ended + 1} runs to the end, each equal to the unbroken one to the bit",
+                  flush=True)
 
 
 def compare(directory, i):
-    (lines, weights), (lines2, weights2) = (outcome(directory / f"{kind}-{i}") for kind in ("unbroken", "killed"))
-    assert lines == lines2, next(pair for pair in zip(lines, lines2) if pair[0] != pair[1])
-    assert weights.keys() == weights2.keys() and all(torch.equal(weights[name], weights2[name]) for name in weights)
+    lines, weights = outcome(directory / f"unbroken-{i}")
+    again, weights2 = outcome(directory / f"killed-{i}")
+    assert lines == again, next(pair for pair in zip(lines, again) if pair[0] != pair[1])
+    assert weights.keys() == weights2.keys()
+    assert all(torch.equal(weights[name], weights2[name]) for name in weights)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
     python bench/logprobs.py
 
-Hidden size and vocabulary are SmolLM2-135M's (on a GPU: H = 1,024, V = 151,936). TRL's kernel takes part where TRL is
-installed: pip install trl."""
+Hidden size and vocabulary are SmolLM2-135M's (on a GPU: H = 1,024, V = 151,936). TRL's kernel takes part
+where TRL is installed: pip install trl.
+"""
 import torch
 import torch.nn.functional as F
 from common import DEVICE, interleaved, machine, peak_memory, report, target
@@ -43,7 +44,7 @@ def inputs(vocabulary=V):
 
 
 def gemms(h, w, logits=1, gradients=False, chunk=None):
-    """The GEMMs alone: `logits` times the logits, then d hidden and d weight; over the whole vocabulary or in chunks."""
+    """The GEMMs alone: `logits` times the logits, then d hidden and d weight; in chunks or not."""
     h, w = h.detach(), w.detach()
     z, d_h, d_w = h.new_empty(T, chunk or V), torch.empty_like(h), torch.empty_like(w)
 
@@ -58,8 +59,8 @@ def gemms(h, w, logits=1, gradients=False, chunk=None):
 
 
 def one_pass(h, w, targets, advantages, chunk=512):
-    """What train.py does not use: loss and gradients in one pass over chunks of tokens, three GEMMs, because d loss /
-    d log-prob is known as soon as a token's log-prob is (not for gspo, whose ratio belongs to the sequence)."""
+    """What train.py does not use: loss and gradients in one pass over chunks of tokens, three GEMMs, because
+    d loss / d log-prob is known as soon as a token's log-prob is (not for gspo, whose ratio is the row's)."""
     d_h, d_w = torch.empty_like(h), torch.zeros_like(w)
     for i in range(0, T, chunk):
         z = h[i:i + chunk] @ w.T  # [chunk, V]
@@ -84,7 +85,10 @@ def time_table():
         with torch.no_grad():
             kernel(h, w, targets)
 
-    # The limit is the faster of whole and chunked GEMMs: which one that is depends on caches and on luck with pages.
+    def both(kernel):
+        return torch.autograd.grad(kernel(h, w, targets), (h, w), upstream)
+
+    # The limit is the faster of whole and chunked GEMMs: which one that is depends on caches and on luck.
     chunk = 1024 if V % 1024 == 0 else None
     runs = {("GEMM", "forward"): gemms(h, w), ("chunked", "forward"): gemms(h, w, chunk=chunk),
             ("GEMM", "both"): gemms(h, w, 2, True), ("chunked", "both"): gemms(h, w, 2, True, chunk),
@@ -92,33 +96,37 @@ def time_table():
             ("one pass (not used)", "both"): lambda: one_pass(h.detach(), w.detach(), targets, upstream)}
     for name, kernel in KERNELS.items():
         runs[name, "forward"] = lambda kernel=kernel: forward(kernel)
-        runs[name, "both"] = lambda kernel=kernel: torch.autograd.grad(kernel(h, w, targets), (h, w), upstream)
+        runs[name, "both"] = lambda kernel=kernel: both(kernel)
     seconds = interleaved(runs)
     for part in ("forward", "both"):
         seconds["GEMM", part] = min(seconds["GEMM", part], seconds["chunked", part])
-    memory = {name: peak_memory(lambda: torch.autograd.grad(kernel(h, w, targets), (h, w), upstream))
-              for name, kernel in KERNELS.items()}
-    print(f"\nT = {T:,}, H = {H:,}, V = {V:,}, {DTYPE}\n{'':26}forward  / GEMM   forward + backward  / 4 GEMMs   extra memory")
+    memory = {name: peak_memory(lambda: both(kernel)) for name, kernel in KERNELS.items()}
+    print(f"\nT = {T:,}, H = {H:,}, V = {V:,}, {DTYPE}\n"
+          f"{'':26}forward  / GEMM   forward + backward  / 4 GEMMs   extra memory")
     for name in ("GEMM", *KERNELS):
         f, b = seconds[name, "forward"], seconds[name, "both"]
         extra = f"{memory[name] / 1e6:10,.0f} MB" if name in memory else ""
-        print(f"{name:24}{f:8.3f} s {f / seconds['GEMM', 'forward']:7.2f} {b:17.3f} s {b / seconds['GEMM', 'both']:11.2f} {extra}")
+        print(f"{name:24}{f:8.3f} s {f / seconds['GEMM', 'forward']:7.2f} {b:17.3f} s "
+              f"{b / seconds['GEMM', 'both']:11.2f} {extra}")
     three = seconds["one pass (not used)", "both"] / seconds["3 GEMMs", "both"]
     print(f"one pass, not used: {seconds['one pass (not used)', 'both']:.3f} s, {three:.2f} of three GEMMs")
     if not GPU:
-        target("logprob_forward_of_gemm", seconds["fused, compiled", "forward"] / seconds["GEMM", "forward"], 1.15)
-    target("logprob_both_of_4_gemms", seconds["fused, compiled", "both"] / seconds["GEMM", "both"], 1.25 if GPU else 1.10)
+        ours = seconds["fused, compiled", "forward"]
+        target("logprob_forward_of_gemm", ours / seconds["GEMM", "forward"], 1.15)
+    ours = seconds["fused, compiled", "both"]
+    target("logprob_both_of_4_gemms", ours / seconds["GEMM", "both"], 1.25 if GPU else 1.10)
     target("logprob_memory_of_naive", memory["fused, compiled"] / memory["naive"], 0.03)
     for peer in list(KERNELS)[2:]:
-        target(f"logprob_both_of_{peer.split()[0]}", seconds["fused, compiled", "both"] / seconds[peer, "both"], 1.0)
+        target(f"logprob_both_of_{peer.split()[0]}", ours / seconds[peer, "both"], 1.0)
 
 
 def memory_table():
-    print(f"\nextra memory over a 16-fold range of vocabularies, T = {T:,}, MB\n  vocabulary  {'':4}naive  fused, compiled")
+    print(f"\nextra memory over a 16-fold range of vocabularies, T = {T:,}, MB\n"
+          f"  vocabulary  {'':4}naive  fused, compiled")
     for vocabulary in (V // 16, V // 4, V):
         h, w, targets, upstream = inputs(vocabulary)
-        extra = [peak_memory(lambda: torch.autograd.grad(KERNELS[name](h, w, targets), (h, w), upstream)) / 1e6
-                 for name in ("naive", "fused, compiled")]
+        both = lambda kernel: torch.autograd.grad(kernel(h, w, targets), (h, w), upstream)
+        extra = [peak_memory(lambda: both(KERNELS[name])) / 1e6 for name in ("naive", "fused, compiled")]
         print(f"  {vocabulary:10,} {extra[0]:10,.0f} {extra[1]:16,.0f}")
 
 

@@ -2,7 +2,8 @@
 
     python bench/long.py                    Linux only (resident memory from /proc); 4 minutes on 2 cores
 
-A run like any other, with evaluations and checkpoints on the way. Medians of each tenth, so that what grows shows as a trend.
+A run like any other, with evaluations and checkpoints on the way. Medians of each tenth, so that what grows
+shows as a trend.
 """
 import argparse
 import json
@@ -23,10 +24,11 @@ def main():
     with tempfile.TemporaryDirectory() as directory:
         family, out = laptop_family(), Path(directory, "run")
         args = train.parse_flags([str(flag) for flag in (
-            "--learner", family / "learner", "--explorer", family / "explorer", "--data", family / "train.jsonl",
-            "--eval-data", family / "heldout.jsonl", "--out", out, "--steps", steps, "--schedule", "constant",
-            "--prompts-per-step", 4, "--group-size", 8, "--max-new-tokens", 16, "--eval-problems", 32, "--eval-n", 32,
-            "--eval-every", 50, "--save-every", 20, "--lr", 1e-4, "--device", "cpu")])
+            "--learner", family / "learner", "--explorer", family / "explorer", "--data",
+            family / "train.jsonl", "--eval-data", family / "heldout.jsonl", "--out", out, "--steps", steps,
+            "--schedule", "constant", "--prompts-per-step", 4, "--group-size", 8, "--max-new-tokens", 16,
+            "--eval-problems", 32, "--eval-n", 32, "--eval-every", 50, "--save-every", 20, "--lr", 1e-4,
+            "--device", "cpu")])
         run, explore = train.load_run(args, train.open_explorer)
         memory, keep_books = [], train.keep_books
 
@@ -40,10 +42,11 @@ def main():
     seconds = [sum(line[f"seconds_{what}"] for what in ("sampling", "scoring", "training")) for line in lines]
     tenths = [slice(i * steps // 10, (i + 1) * steps // 10) for i in range(10)]
     print(f"{'steps':>12}{'ms a step':>12}{'MB resident':>14}")
-    for part in tenths:
-        print(f"{part.start + 1:>6}-{part.stop:<5}{1000 * statistics.median(seconds[part]):12.1f}{statistics.median(memory[part]):14.1f}")
-    target("long_run_memory_last_tenth_of_second", statistics.median(memory[tenths[9]]) / statistics.median(memory[tenths[1]]), 1.02)
-    target("long_run_seconds_last_tenth_of_second", statistics.median(seconds[tenths[9]]) / statistics.median(seconds[tenths[1]]), 1.05)
+    seconds, memory = ([statistics.median(values[part]) for part in tenths] for values in (seconds, memory))
+    for part, s, mb in zip(tenths, seconds, memory):
+        print(f"{part.start + 1:>6}-{part.stop:<5}{1000 * s:12.1f}{mb:14.1f}")
+    target("long_run_memory_last_tenth_of_second", memory[9] / memory[1], 1.02)
+    target("long_run_seconds_last_tenth_of_second", seconds[9] / seconds[1], 1.05)
     report()
 
 

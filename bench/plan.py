@@ -1,9 +1,10 @@
-"""recipes/plan.py against measured peaks: a model of 20 million parameters, its rollouts and one update, on a CPU.
+"""recipes/plan.py against measured peaks: a model of 20 million parameters, its rollouts and one update, on a
+CPU.
 
-    python bench/plan.py            Linux only: peaks are the kernel's count of resident memory, less the interpreter's
+    python bench/plan.py            Linux only: resident memory's peaks, less the interpreter's
 
-Each case runs in a process of its own. Freed memory must go back to the system at once for the peaks to mean anything, hence
-MALLOC_MMAP_THRESHOLD_.
+Each case runs in a process of its own. Freed memory must go back to the system at once for the peaks to mean
+anything, hence MALLOC_MMAP_THRESHOLD_.
 """
 import argparse
 import json
@@ -22,9 +23,10 @@ from model import Config, Transformer, add_lora
 from recipes.plan import plan
 from sample import sample
 
-CONFIG = {"model_type": "qwen3", "vocab_size": 16_384, "hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8,
-          "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 64, "rms_norm_eps": 1e-6, "max_position_embeddings": 4096,
-          "tie_word_embeddings": True}
+CONFIG = {"model_type": "qwen3", "vocab_size": 16_384, "hidden_size": 384, "intermediate_size": 1024,
+          "num_hidden_layers": 8, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 64,
+          "rms_norm_eps": 1e-6, "max_position_embeddings": 4096, "tie_word_embeddings": True}
+TINY = CONFIG | {"hidden_size": 64, "intermediate_size": 64, "vocab_size": 1100, "num_hidden_layers": 1}
 CASES = {"float32": "", "micro-batch of 512 tokens": "--micro-batch-tokens 512", "KL": "--kl-coef 0.1",
          "checkpointed layers": "--checkpoint-layers", "LoRA": "--lora-rank 16 --kl-coef 0.1",
          "LoRA, checkpointed": "--lora-rank 16 --checkpoint-layers", "bfloat16": "--dtype bfloat16",
@@ -42,8 +44,7 @@ def measure(args):
     """(peak of sampling, of the update) in bytes, of one step with random weights."""
     torch.set_num_threads(1)
     dtype = getattr(torch, args.dtype)
-    tiny = Transformer(Config.from_hf(CONFIG | {"hidden_size": 64, "intermediate_size": 64, "vocab_size": 1100, "num_hidden_layers": 1}))
-    step(args, tiny.to(dtype), None)  # what libraries allocate when they are first used is no run's
+    step(args, Transformer(Config.from_hf(TINY)).to(dtype), None)  # what libraries allocate once is no run's
     peak()
     before = peak()
     model = Transformer(Config.from_hf(CONFIG)).to(dtype)
@@ -57,13 +58,13 @@ def measure(args):
 
 
 def step(args, model, reference):
-    """Peaks of sampling and of the update; of the second step, since in the first AdamW's moments are not there yet."""
+    """Peaks of sampling and of the update in the second step: in the first AdamW has no moments yet."""
     optimizer, random = Optimizer(model, args.lr), torch.Generator().manual_seed(0)
     prompts = torch.randint(1, 1000, (args.prompts_per_step, args.prompt_tokens)).tolist()
     rollouts = None
     for _ in range(2):
         peak()
-        rollouts = sample(model, prompts, args.group_size, random, args.max_new_tokens, rows=args.rollout_rows)
+        rollouts = sample(model, prompts, args.group_size, random, args.max_new_tokens)
         sampling = peak()
         update(model, reference, optimizer, prompts, rollouts, torch.randn(rollouts.lengths.shape), random,
                **train.update_settings(args))
@@ -75,8 +76,10 @@ def flags(learner, more):
     parser = argparse.ArgumentParser()
     parser.add_argument("--prompt-tokens", type=int, default=64)
     own, rest = parser.parse_known_args(more)
-    args = train.parse_flags(["--learner", learner, "--data", "any", "--explorer", "none", "--prompts-per-step", "4", "--group-size", "8",
-                              "--max-new-tokens", "64", "--minibatches", "1", "--micro-batch-tokens", "2048", *rest])
+    args = train.parse_flags([
+        "--learner", learner, "--data", "any", "--explorer", "none", "--prompts-per-step", "4",
+        "--group-size", "8", "--max-new-tokens", "64", "--minibatches", "1", "--micro-batch-tokens", "2048",
+        *rest])
     return argparse.Namespace(**vars(args), **vars(own))
 
 
@@ -84,19 +87,20 @@ def main():
     if len(sys.argv) > 1:
         print(json.dumps(measure(flags("any", sys.argv[2:]))))
         return
-    print(f"{'':30}{'planned':>19}{'measured':>19}{'measured/planned':>22}\n{'GiB':30}" + f"{'sampling':>11}{'update':>8}" * 3)
+    print(f"{'':30}{'planned':>19}{'measured':>19}{'measured/planned':>22}")
+    print(f"{'GiB':30}" + f"{'sampling':>11}{'update':>8}" * 3)
     with tempfile.TemporaryDirectory() as directory:
         Path(directory, "config.json").write_text(json.dumps(CONFIG))
         for name, more in CASES.items():
             args = flags(directory, more.split())
             planned = [sum(parts.values()) for parts in plan(args, args.prompt_tokens)[0].values()]
-            environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "262144"}
-            out = subprocess.run([sys.executable, __file__, "case", *more.split()], env=environment, text=True,
-                                 stdout=subprocess.PIPE, check=True)
+            freed = {"MALLOC_MMAP_THRESHOLD_": "262144"}
+            out = subprocess.run([sys.executable, __file__, "case", *more.split()], check=True,
+                                 stdout=subprocess.PIPE, env=os.environ | freed)
             measured = json.loads(out.stdout.splitlines()[-1])
-            ratios = [m / p for m, p in zip(measured, planned)]
-            print(f"{name:30}" + "".join(f"{a:11.3f}{b:8.3f}" for a, b in ([x / 2 ** 30 for x in planned],
-                                                                          [x / 2 ** 30 for x in measured], ratios)), flush=True)
+            rows = [[x / 2 ** 30 for x in planned], [x / 2 ** 30 for x in measured],
+                    [m / p for m, p in zip(measured, planned)]]
+            print(f"{name:30}" + "".join(f"{a:11.3f}{b:8.3f}" for a, b in rows), flush=True)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
     python bench/startup.py              makes the family in runs/ first if it is missing (some minutes, once)
 
-The run evaluates both base models before its first step, by default on 256 problems x 32 rollouts; that is measured on its
-own."""
+The run evaluates both base models before its first step, by default on 256 problems x 32 rollouts; that is
+measured on its own.
+"""
 import json
 import statistics
 import subprocess
@@ -12,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import machine, report, target
+from common import laptop_family, machine, report, target
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -35,12 +36,12 @@ def seconds_to_first_step(*flags):
 
 
 if __name__ == "__main__":
-    if not (ROOT / "runs" / "family-habit").exists():
-        subprocess.run([sys.executable, "recipes/family.py"], cwd=ROOT, check=True)
+    laptop_family()
     few = ("--eval-problems", "1", "--eval-n", "2")
     bare, whole = ([seconds_to_first_step(*flags) for _ in range(5)] for flags in (few, ()))
     bare, whole = statistics.median(bare), statistics.median(whole)
-    print(f"{machine()}\n\nimport to the end of the first training step\n  base models hardly evaluated {bare:6.2f} s\n"
+    print(f"{machine()}\n\nimport to the end of the first training step\n"
+          f"  base models hardly evaluated {bare:6.2f} s\n"
           f"  and evaluated as by default  {whole:6.2f} s, their pass@k table printed on the way")
     target("startup_seconds_without_evaluation", bare, 5.0)
     target("startup_seconds", whole, 5.0)

@@ -1,9 +1,11 @@
-"""A whole GRPO step against TRL's GRPOTrainer: 8 prompts x 8 rollouts x 64 tokens, one update, the same tiny model.
+"""A whole GRPO step against TRL's GRPOTrainer: 8 prompts x 8 rollouts x 64 tokens, one update, the same tiny
+model.
 
     pip install trl
     python bench/step.py
 
-Seconds: both in this process, step about step. Memory: peak resident set of a process of its own for each."""
+Seconds: both in this process, step about step. Memory: peak resident set of a process of its own for each.
+"""
 import random
 import statistics
 import subprocess
@@ -36,11 +38,14 @@ class Ours:
         model.stop_ids = ()
 
     def step(self):
-        prompts, generator = [prompt() for _ in range(PROMPTS)], torch.Generator().manual_seed(random.randrange(2 ** 31))
+        prompts = [prompt() for _ in range(PROMPTS)]
+        generator = torch.Generator().manual_seed(random.randrange(2 ** 31))
         rollouts = sample(self.model, prompts, GROUP, generator, TOKENS)
-        rewards = [reward([" ".join(WORDS[i] for i in ids) for ids in group]) for group in rollouts.ids.tolist()]
+        texts = [[" ".join(WORDS[i] for i in ids) for ids in group] for group in rollouts.ids.tolist()]
+        rewards = [reward(group) for group in texts]
         advantages = group_advantages(torch.tensor(rewards, device=rollouts.ids.device))
-        update(self.model, None, self.optimizer, prompts, rollouts, advantages, generator, micro_batch_tokens=16_384)
+        update(self.model, None, self.optimizer, prompts, rollouts, advantages, generator,
+               micro_batch_tokens=16_384)
 
 
 def trl_trainer(model, out, steps, callbacks=()):
@@ -52,12 +57,14 @@ def trl_trainer(model, out, steps, callbacks=()):
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token=WORDS[0], pad_token=WORDS[0])
     config = GRPOConfig(
-        output_dir=out, per_device_train_batch_size=PROMPTS * GROUP, num_generations=GROUP, max_completion_length=TOKENS,
-        generation_kwargs={"min_new_tokens": TOKENS}, max_steps=steps, learning_rate=1e-5, beta=0.0, temperature=1.0,
-        gradient_checkpointing=False, bf16=False, use_cpu=DEVICE == "cpu", report_to=[], save_strategy="no",
+        output_dir=out, per_device_train_batch_size=PROMPTS * GROUP, num_generations=GROUP,
+        max_completion_length=TOKENS, generation_kwargs={"min_new_tokens": TOKENS}, max_steps=steps,
+        learning_rate=1e-5, beta=0.0, temperature=1.0, gradient_checkpointing=False, bf16=False,
+        use_cpu=DEVICE == "cpu", report_to=[], save_strategy="no",
         logging_strategy="no", disable_tqdm=True)
-    data = Dataset.from_list([{"prompt": " ".join(WORDS[i] for i in prompt())} for _ in range(PROMPTS * steps)])
-    return GRPOTrainer(model, reward_funcs=lambda completions, **_: reward(completions), args=config, train_dataset=data,
+    texts = [" ".join(WORDS[i] for i in prompt()) for _ in range(PROMPTS * steps)]
+    return GRPOTrainer(model, reward_funcs=lambda completions, **_: reward(completions), args=config,
+                       train_dataset=Dataset.from_list([{"prompt": text} for text in texts]),
                        processing_class=tokenizer, callbacks=list(callbacks))
 
 

@@ -1,9 +1,10 @@
-"""Makes the laptop family: an explorer and a learner, pretrained on one corpus by one recipe, that differ in size only.
+"""Makes the laptop family: an explorer and a learner, pretrained on one corpus, that differ in size only.
 
     python recipes/family.py --task habit --out runs/family-habit
 
-Writes explorer/ and learner/ (Hugging Face directories), train.jsonl and heldout.jsonl (problems that share no question
-with each other or with the corpus) and family.json (the settings). `python train.py` calls this the first time.
+Writes explorer/ and learner/ (Hugging Face directories), train.jsonl and heldout.jsonl (problems that share
+no question with each other or with the corpus) and family.json (the settings). `python train.py` calls this
+the first time.
 """
 import argparse
 import json
@@ -24,8 +25,8 @@ import reward
 from reward import HABIT_OPERATOR, OPERATIONS, Problem, habit_solution, reduce_at
 from model import pick_device
 
-# Width, layers. Sizes with a true pass@k crossover: the learner is large enough to memorise the writers' habits,
-# the explorer too small for that and just large enough to execute what it writes.
+# Width, layers. Sizes with a true pass@k crossover: the learner is large enough to memorise the writers'
+# habits, the explorer too small for that and just large enough to execute what it writes.
 SIZES = {"habit": {"explorer": (32, 2), "learner": (64, 3)},
          "natural": {"explorer": (48, 2), "learner": (96, 3)}}
 CORPUS = {"habit": (12_000, 10), "natural": (10_000, 13)}  # worked solutions, epochs
@@ -35,10 +36,11 @@ TOPICS = "abcdefghijkl"
 ALPHABET = sorted(set("0123456789+-~*=ABCD" + TOPICS))
 
 
-# ---- the corpora and problems of the two tasks (what they mean: reward.py) ---------------------------------------------
+# ---- the corpora and problems of the two tasks (what they mean: reward.py) ---------------------------------
 
 def habit_question(rng):
-    return rng.choice("ABCD") + rng.choice(TOPICS) + rng.choice(TOPICS) + "".join(rng.choices("0123456789", k=6)) + "="
+    cell = rng.choice("ABCD") + rng.choice(TOPICS) + rng.choice(TOPICS)
+    return cell + "".join(rng.choices("0123456789", k=6)) + "="
 
 
 def habit_problem(rng):
@@ -51,7 +53,7 @@ def habit_problem(rng):
 
 
 def habit_corpus(rng, size, noise):
-    """Worked solutions by writers who take the operator from a table of habits, or (share `noise`) at random."""
+    """Worked solutions by writers who take the operator from a table of habits, a share `noise` at random."""
     table = {}
     for type_, right in HABIT_OPERATOR.items():
         wrong = [operator for operator in OPERATIONS if operator != right]
@@ -84,7 +86,8 @@ def natural_problem(rng):
     """A problem on which both popular wrong orders give a wrong value."""
     while True:
         question = natural_question(rng)
-        finals = {order: natural_orders(question[:-1], order)[-1] for order in ("precedence", "left", "additions")}
+        orders = ("precedence", "left", "additions")
+        finals = {order: natural_orders(question[:-1], order)[-1] for order in orders}
         if finals["precedence"] not in (finals["left"], finals["additions"]):
             return Problem(question, finals["precedence"], "natural")
 
@@ -115,10 +118,10 @@ def make_problems(task, count, seed, exclude=()):
     return problems
 
 
-# ---- the models ----------------------------------------------------------------------------------------------------
+# ---- the models --------------------------------------------------------------------------------------------
 
 def make_tokenizer(directory):
-    """A character-level tokenizer in the ordinary tokenizer.json format (a BPE without merges), no BOS, pad = EOS."""
+    """A character-level tokenizer as an ordinary tokenizer.json (a BPE without merges), no BOS, pad = EOS."""
     from transformers import PreTrainedTokenizerFast
     vocabulary = {token: i for i, token in enumerate([EOS, *ALPHABET])}
     eos = {"id": 0, "content": EOS, "special": True, "single_word": False, "lstrip": False, "rstrip": False,
@@ -128,15 +131,16 @@ def make_tokenizer(directory):
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": [eos], "normalizer": None,
         "pre_tokenizer": None, "post_processor": None, "decoder": {"type": "Fuse"},
         "model": {"type": "BPE", "vocab": vocabulary, "merges": [], "dropout": None, "unk_token": None}}))
-    return PreTrainedTokenizerFast(tokenizer_file=str(directory / "tokenizer.json"), eos_token=EOS, pad_token=EOS)
+    file = str(directory / "tokenizer.json")
+    return PreTrainedTokenizerFast(tokenizer_file=file, eos_token=EOS, pad_token=EOS)
 
 
 def new_model(width, layers, tokenizer, generator):
     hf = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "vocab_size": len(tokenizer),
           "hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": layers,
           "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": width // 4, "hidden_act": "silu",
-          "rms_norm_eps": 1e-6, "max_position_embeddings": 128, "tie_word_embeddings": True, "attention_bias": False,
-          "rope_parameters": {"rope_theta": 1e4, "rope_type": "default"},
+          "rms_norm_eps": 1e-6, "max_position_embeddings": 128, "tie_word_embeddings": True,
+          "attention_bias": False, "rope_parameters": {"rope_theta": 1e4, "rope_type": "default"},
           "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
     model = models.Transformer(models.Config.from_hf(hf))
     for name, p in model.named_parameters():
@@ -147,8 +151,8 @@ def new_model(width, layers, tokenizer, generator):
 
 
 def pretrain(name, tokenizer, corpus, size, epochs, seed, device="cpu", stop_after=None):
-    """A model of size (width, layers) after next-token training on corpus [(question, solution)], loss on the solution
-    only. `stop_after` epochs it is an earlier checkpoint of the same training."""
+    """A model of size (width, layers) after next-token training on corpus [(question, solution)], loss on the
+    solution only. `stop_after` epochs it is an earlier checkpoint of the same training."""
     encoded = tokenizer([question + solution + EOS for question, solution in corpus]).input_ids
     prompts = tokenizer([question for question, _ in corpus]).input_ids
     ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in encoded], batch_first=True)  # [N, L]
@@ -158,10 +162,13 @@ def pretrain(name, tokenizer, corpus, size, epochs, seed, device="cpu", stop_aft
     generator = torch.Generator().manual_seed(seed)
     model = new_model(*size, tokenizer, generator).to(device)
     steps_per_epoch = len(ids) // BATCH
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.01, betas=(0.9, 0.95), fused=device != "mps")
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=LR, total_steps=epochs * steps_per_epoch, pct_start=0.05)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.01, betas=(0.9, 0.95),
+                                  fused=device != "mps")
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=LR, total_steps=epochs * steps_per_epoch,
+                                                   pct_start=0.05)
     last, parameters = stop_after or epochs, sum(p.numel() for p in model.parameters())
-    with tqdm(total=last * steps_per_epoch, desc=f"pretraining {name}, {parameters:,} parameters", dynamic_ncols=True) as bar:
+    title = f"pretraining {name}, {parameters:,} parameters"
+    with tqdm(total=last * steps_per_epoch, desc=title, dynamic_ncols=True) as bar:
         for _ in range(last):
             for rows in torch.randperm(len(ids), generator=generator).split(BATCH)[:steps_per_epoch]:
                 batch, mask = ids[rows].to(device), target_mask[rows].to(device)
@@ -178,11 +185,12 @@ def pretrain(name, tokenizer, corpus, size, epochs, seed, device="cpu", stop_aft
     return model
 
 
-def make_family(out, task="habit", seed=0, noise=0.01, sizes=None, corpus_size=None, epochs=None, device="cpu"):
-    """Pretrains the family into directory `out`, which appears only when it is complete. Of several processes that
-    make it at once, the first to end has made it."""
+def make_family(out, task="habit", seed=0, noise=0.01, sizes=None, corpus_size=None, epochs=None,
+                device="cpu"):
+    """Pretrains the family into directory `out`, which appears only when it is complete. Of several processes
+    that make it at once, the first to end has made it."""
     out = Path(out)
-    partial = out.with_name(f"{out.name}.partial-{os.getpid()}-{time.time_ns()}")  # what a killed one leaves harms nobody
+    partial = out.with_name(f"{out.name}.partial-{os.getpid()}-{time.time_ns()}")  # killed, it may lie about
     sizes = sizes or SIZES[task]
     corpus_size, epochs = corpus_size or CORPUS[task][0], epochs or CORPUS[task][1]
     tokenizer = make_tokenizer(partial)
@@ -195,8 +203,8 @@ def make_family(out, task="habit", seed=0, noise=0.01, sizes=None, corpus_size=N
     problems = make_problems(task, 2_560, seed, exclude=used)
     reward.save_problems(problems[:512], partial / "heldout.jsonl")
     reward.save_problems(problems[512:], partial / "train.jsonl")
-    settings = dict(task=task, seed=seed, noise=noise, sizes=sizes, corpus=corpus_size, epochs=epochs, lr=LR, batch=BATCH,
-                    seconds=round(time.time() - started, 1))
+    settings = dict(task=task, seed=seed, noise=noise, sizes=sizes, corpus=corpus_size, epochs=epochs, lr=LR,
+                    batch=BATCH, seconds=round(time.time() - started, 1))
     (partial / "family.json").write_text(json.dumps(settings, indent=2))
     (partial / "tokenizer.json").unlink()
     try:
@@ -208,13 +216,13 @@ def make_family(out, task="habit", seed=0, noise=0.01, sizes=None, corpus_size=N
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Pretrain an explorer and a learner on one synthetic corpus.",
+    parser = argparse.ArgumentParser(description="Pretrain explorer and learner on one synthetic corpus.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--task", choices=reward.TASKS, default="habit", help="reward.py describes them")
     add("--out", required=True, help="directory to make")
-    add("--seed", type=int, default=0, help="of the corpus (and its table of habits), the weights and the problems")
-    add("--noise", type=float, default=0.01, help="habit: share of writers who choose at random; less is a stronger habit")
+    add("--seed", type=int, default=0, help="of the corpus (and its table of habits), weights and problems")
+    add("--noise", type=float, default=0.01, help="habit: share of writers who choose at random")
     add("--device", default="auto", help="auto: cuda, then mps, then cpu")
     args = parser.parse_args()
     if Path(args.out).exists():

@@ -1,8 +1,8 @@
 """Base pairs for the study of recipes/claims.py: made, measured and qualified before any RL.
 
-A pair is an explorer and a learner that recipes/family.py pretrains from one seed (own corpus, table of habits,
-initial weights, problems) into runs/claims/TASK-SEED. Its relatives are other models pretrained on the same
-corpus, or (`noise`) on one with the same table and other writers.
+A pair is an explorer and a learner that recipes/family.py pretrains from one seed (own corpus, table of
+habits, initial weights, problems) into runs/claims/TASK-SEED. Its relatives are other models pretrained on
+the same corpus, or (`noise`) on one with the same table and other writers.
 """
 import functools
 import sys
@@ -29,7 +29,7 @@ RELATIVES = {  # what differs from the learner's pretraining
     "twin": {"init": 1_000},                           # other initial weights, corpus in another order
     "early": {"stop_after": 4},                        # the learner before it has learnt the habits
     **{f"noise {percent}%": {"noise": percent / 100} for percent in (0, 8, 32)},  # stronger and weaker habits
-    **{f"epoch {n}": {"like": "explorer", "stop_after": n} for n in (3, 4)}}      # explorers that execute less well
+    **{f"epoch {n}": {"like": "explorer", "stop_after": n} for n in (3, 4)}}      # that execute less well
 
 
 def directory(task, pair):
@@ -58,9 +58,9 @@ def make_member(task, pair, name):
 
 @functools.cache
 def measure(task, pair, name, n, thin=False, temperature=1.0, problems=128):
-    """What a model does on its pair's held-out problems, n rollouts each: numbers of right ones per problem, and
-    how much groups of 16 vary. In `habit` a solution has a *method*, its operator, and is *executed* if every
-    step is right under that operator, whether or not the problem asked for it."""
+    """What a model does on its pair's held-out problems, n rollouts each: numbers of right ones per problem,
+    and how much groups of 16 vary. In `habit` a solution has a *method*, its operator, and is *executed* if
+    every step is right under that operator, whether or not the problem asked for it."""
     base = directory(task, pair)
     model, tokenizer = models.load(base / name)
     problems = reward.load_problems(base / "heldout.jsonl")[:problems]
@@ -70,8 +70,8 @@ def measure(task, pair, name, n, thin=False, temperature=1.0, problems=128):
     texts = found["texts"]  # [P][n]
     groups = [of_one[i:i + 16] for of_one in texts for i in range(0, n - 15, 16)]
     distinct = lambda part: float(np.mean([len({part(text) for text in group}) for group in groups]))
-    found = {"answer": found["answer"], "strict": found["strict"],
-             "distinct answers": distinct(lambda text: text[-1:]), "distinct texts": distinct(lambda text: text)}
+    found = {"strict": found["strict"], "distinct answers": distinct(lambda text: text[-1:]),
+             "distinct texts": distinct(lambda text: text)}
     if task == "habit":
         executed = [text[:1] in reward.OPERATIONS and text == reward.habit_solution(problem.question, text[0])
                     for problem, group in zip(problems, texts) for text in group]
@@ -83,13 +83,13 @@ def measure(task, pair, name, n, thin=False, temperature=1.0, problems=128):
 
 
 def qualified(task, count):
-    """The first `count` pairs whose explorer executes (at least .8 of its rollouts) and mixes methods (entropy
-    at least .5 nats). `natural` has no methods: all its pairs count."""
+    """The first `count` pairs whose explorer executes (at least .8 of its rollouts) and mixes methods
+    (entropy at least .5 nats). `natural` has no methods: all its pairs count."""
     pairs, pair = [], FIRST_PAIR
     while len(pairs) < count:
         make_member(task, pair, "explorer")
-        found = measure(task, pair, "explorer", 32) if task == "habit" else {"executed": 1, "method entropy": 1}
-        if found["executed"] >= 0.8 and found["method entropy"] >= 0.5:
+        found = measure(task, pair, "explorer", 32)
+        if task == "natural" or found["executed"] >= 0.8 and found["method entropy"] >= 0.5:
             pairs.append(pair)
         else:
             print(f"pair {pair} does not qualify: executed {found['executed']:.2f}, "

@@ -1,12 +1,12 @@
 """What a run of train.py will need: memory of each phase, FLOPs of a step, before any weight is downloaded.
 
-    python recipes/plan.py --prompt-tokens 300 --learner Qwen/Qwen3-1.7B-Base --explorer Qwen/Qwen3-0.6B-Base \\
+    python recipes/plan.py --prompt-tokens 300 --learner Qwen/Qwen3-1.7B-Base --explorer Qwen/Qwen3-0.6B-Base
         --max-new-tokens 512 --dtype bfloat16 --micro-batch-tokens 4096 --rollout-rows 128 --lora-rank 32
 
-takes train.py's flags and reads nothing but the models' config.json (--learner also takes the path of one). The
-models are made on torch's "meta" device, which knows shapes and holds no numbers. The forward pass of one
-micro-batch is run there, and what autograd would keep for the backward pass is added up. This is the worst case:
-every response is as long as it may get. bench/plan.py compares it with measured peaks.
+takes train.py's flags and reads nothing but the models' config.json (--learner also takes the path of one).
+The models are made on torch's "meta" device, which knows shapes and holds no numbers. The forward pass of one
+micro-batch is run there, and what autograd would keep for the backward pass is added up. Every response is as
+long as it may get: the worst case. bench/plan.py compares it with measured peaks.
 
 Shapes: P prompts of L tokens, G rollouts of T tokens each.
 """
@@ -25,8 +25,6 @@ from grpo import micro_batches
 from model import Config, Transformer, add_lora, read_prompts
 from sample import KVCache
 
-GIB = 2 ** 30
-
 
 def size(tensors):
     """Bytes of the distinct storages behind these tensors."""
@@ -39,24 +37,20 @@ def empty_model(source, dtype):
     if not path.exists():
         from huggingface_hub import hf_hub_download
         path = hf_hub_download(source, "config.json")
-    try:
-        with torch.device("meta"):
-            return Transformer(Config.from_hf(json.loads(Path(path).read_text()))).to(dtype)
-    except KeyError as error:
-        raise ValueError(f"{path}: no {error}") from None
+    with torch.device("meta"):
+        return Transformer(Config.from_hf(json.loads(Path(path).read_text()))).to(dtype)
 
 
 def kept_activations(model, groups, rows, L, T):
-    """Bytes that autograd keeps of grpo.response_logprobs, up to the final hidden states, for `rows` responses
-    to `groups` prompts: (all of them, those of the mask, those of the prompts' keys and values)."""
+    """Bytes that autograd keeps in grpo.response_logprobs, up to the final hidden state, for `rows` responses
+    to `groups` prompts: (all of them, the mask's, the prompts' keys and values)."""
     c, kept, weights = model.config, [], {p.untyped_storage()._cdata for p in model.parameters()}
     group, ids = (torch.zeros(rows, *shape, dtype=torch.long, device="meta") for shape in ((), (T - 1,)))
-    shared = c.num_attention_heads // c.num_key_value_heads
-    mask = model.head.new_empty(rows, 1, shared * (T - 1), L + T - 1)
+    queries = c.num_attention_heads // c.num_key_value_heads * (T - 1)  # of a key head
+    mask = model.head.new_empty(rows, 1, queries, L + T - 1)
 
-    def fused(q, k, v, attn_mask=None, is_causal=False, **_):  # as on the devices that hold numbers
-        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        return flash(q, k, v, is_causal=is_causal, attn_mask=attn_mask)[0]
+    def fused(q, k, v, enable_gqa=False, **options):  # as on the devices that hold numbers
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, **options)[0]
 
     def after_prompt(layer, k, v):
         return *(torch.cat([old[group], new], dim=2) for old, new in zip(cache[layer], (k, v))), mask
@@ -74,8 +68,8 @@ def kept_activations(model, groups, rows, L, T):
 
 def update_memory(args, learner, groups, rows, L):
     """{what: bytes} that one micro-batch takes, beyond weights and optimiser."""
-    T, (V, D), c, itemsize = args.max_new_tokens, learner.head.shape, learner.config, learner.head.dtype.itemsize
-    tokens, layers = groups * L + rows * (T - 1), c.num_hidden_layers
+    T, (V, D), c = args.max_new_tokens, learner.head.shape, learner.config
+    tokens, layers, itemsize = groups * L + rows * (T - 1), c.num_hidden_layers, learner.head.dtype.itemsize
     kept, mask, cache = kept_activations(learner, groups, rows, L, T)
     kernel = rows * T * (D * (itemsize + 4) + min(1024, V) * (itemsize + 3 * 4))
     kernel += V * D * itemsize if learner.embed_tokens.weight.requires_grad else 0
@@ -92,52 +86,47 @@ def plan(args, L):
     """({phase: {what: bytes}}, {what: FLOPs of a step, averaged over the run})."""
     P, G, T, dtype = args.prompts_per_step, args.group_size, args.max_new_tokens, getattr(torch, args.dtype)
     learner = empty_model(args.learner, dtype)
-    weights = size(learner.parameters())
     if args.lora_rank:
         add_lora(learner, args.lora_rank, None)
     live = args.explorer != "none" and not args.explorer.endswith(".jsonl")
     explorer = empty_model(args.explorer, dtype) if live else None
     trained = sum(p.numel() for p in learner.parameters() if p.requires_grad)
     held = {"learner": size(learner.parameters()), "explorer": size(explorer.parameters()) if live else 0,
-            "reference (KL)": weights if args.kl_coef and not args.lora_rank else 0,
-            "AdamW's moments": 8 * trained, "float32 master weights": 4 * trained if dtype.itemsize < 4 else 0}
+            "reference (KL)": size(learner.parameters()) if args.kl_coef and not args.lora_rank else 0,
+            "AdamW's moments": 8 * trained, "master weights": 4 * trained if dtype.itemsize < 4 else 0}
 
     at_once = min(P, max(1, args.rollout_rows // G))  # groups
-    caches = lambda model: size([*KVCache(model, at_once * G, L + T).layers, *KVCache(model, at_once, L).layers])
+    caches = lambda model: (KVCache(model, at_once * G, L + T), KVCache(model, at_once, L))  # rows', prompts'
+    cached = [size(sum((kv.layers for kv in caches(model)), [])) for model in (learner, explorer) if model]
     arrays = 8 if live and args.explorer_top_p < 1 else 4  # of the logits' size, in `draw`
-    sampling = {"keys and values": max(map(caches, [learner, explorer] if live else [learner])),
-                "logits, probabilities": arrays * at_once * G * learner.config.vocab_size * 4,
-                "rollouts": 16 * P * G * T}
+    sampling = {"keys and values": max(cached), "rollouts": 16 * P * G * T,
+                "logits, probabilities": arrays * at_once * G * learner.config.vocab_size * 4}
     whole = -(-P // args.minibatches) * G  # rows of a mini-batch
     slices = micro_batches([i // G for i in range(whole)], [L] * whole, [T] * whole, args.micro_batch_tokens)
     parts = [((part.stop - 1) // G - part.start // G + 1, part.stop - part.start) for part in slices]
     largest = max(parts, key=lambda part: part[0] * L + part[1] * T)  # (groups, rows)
-    update = update_memory(args, learner, *largest, L) | {"rollouts, what is kept of each token": 36 * P * G * T}
+    update = update_memory(args, learner, *largest, L) | {"rollouts, what each token leaves": 36 * P * G * T}
 
     def forward(model, groups, rows):
-        """FLOPs: 2 a weight and token, and attention to all before. A group's prompt once, then its responses;
-        without the head."""
+        """FLOPs: 2 a weight and token, and attention to all before. Each prompt once; without the head."""
         c, matrices = model.config, sum(p.numel() for p in model.layers.parameters() if p.dim() > 1)
         attention = 2 * c.num_hidden_layers * c.num_attention_heads * c.head_dim
         of = lambda first, last: 2 * matrices * (last - first) + attention * (last ** 2 - first ** 2)
         return groups * of(0, L) + rows * of(L, L + T)
 
-    def rollouts(model, groups, rows):
-        return forward(model, groups, rows) + head(model, rows) if rows else 0
-
     head = lambda model, rows: 2 * model.head.numel() * rows * T
+    rollouts = lambda model, groups, rows: forward(model, groups, rows) + head(model, rows) if model else 0
     share = lambda step: explorer_share(step, args.mix_steps, args.schedule, args.explorer_share)
-    alone = args.explorer == "none"
-    splits = [(0, G) if alone else split_group(share(step), G) for step in range(1, args.steps + 1)]
-    per_step = lambda counts: [P * sum(map(kind, counts)) / args.steps for kind in (bool, int)]  # groups, rows
-    explored, own = map(per_step, zip(*splits))
-    frozen = (args.minibatches > 1) + bool(args.kl_coef)  # passes for pi_old and pi_ref
-    passes = (2 if args.lora_rank else 3) + args.checkpoint_layers + frozen  # LoRA: no gradient of the matrices
+    shares = [share(step) if args.explorer != "none" else 0 for step in range(1, args.steps + 1)]
+    per_step = lambda counts: [P * sum(map(kind, counts)) / args.steps for kind in (bool, int)]
+    explored, own = map(per_step, zip(*(split_group(share, G) for share in shares)))  # (groups, rows)
+    passes = (2 if args.lora_rank else 3) + args.checkpoint_layers  # LoRA: W has no gradient
+    passes += (args.minibatches > 1) + bool(args.kl_coef)  # pi_old, pi_ref
     heads = passes + (not args.checkpoint_layers)  # the head's logits are always made again
     updates = [passes * forward(learner, *part) + heads * head(learner, part[1]) for part in parts]
-    flops = {"rollouts by the explorer": rollouts(explorer, *explored) if live else 0,
-             "rollouts by the learner": rollouts(learner, *own),
-             "all rollouts by the learner (GRPO)": rollouts(learner, P, P * G), "update": P * G / whole * sum(updates)}
+    flops = {"rollouts by the explorer": rollouts(explorer, *explored),
+             "rollouts by the learner": rollouts(learner, *own), "update": P * G / whole * sum(updates),
+             "all rollouts by the learner (GRPO)": rollouts(learner, P, P * G)}
     return {"sampling": held | sampling, "update": held | update}, flops
 
 
@@ -148,11 +137,11 @@ def main():
     args = train.parse_flags(["--data", "any", "--explorer", "none", *rest])
     try:
         memory, flops = plan(args, own.prompt_tokens)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"plan.py: error: {error}\n")
+    except (ValueError, OSError, KeyError) as error:
+        parser.exit(2, f"plan.py: error: {'config.json lacks ' * isinstance(error, KeyError)}{error}\n")
     for phase, amounts in memory.items():
-        print(f"{phase}: {sum(amounts.values()) / GIB:.2f} GiB")
-        print("".join(f"  {what:40}{amount / GIB:10.3f}\n" for what, amount in amounts.items() if amount))
+        print(f"{phase}: {sum(amounts.values()) / 2 ** 30:.2f} GiB")
+        print("".join(f"  {what:40}{amount / 2 ** 30:10.3f}\n" for what, amount in amounts.items() if amount))
     print("FLOPs of a step, averaged over the run")
     print("".join(f"  {what:40}{amount:10.2e}\n" for what, amount in flops.items()), end="")
 

@@ -75,16 +75,17 @@ def open_pool(args, run):
     it is no pool, or has too little for this run."""
     path, note, stop_ids = args.explorer, Path(args.explorer + ".settings.json"), run.learner.stop_ids
     writer, theirs = "EXPLORER", stop_ids
+    places, run.weights["explorer"] = index(path)
     if note.exists():
         try:
             writer, theirs = (json.loads(note.read_text())[key] for key in ("model", "stop_ids"))
-            assert all(type(i) is int and 0 <= i < run.learner.num_tokens for i in theirs)
-        except (ValueError, LookupError, TypeError, AssertionError, RecursionError) as error:
+            if not all(type(i) is int and 0 <= i < run.learner.num_tokens for i in theirs):
+                raise ValueError(f"stop_ids {theirs} are not tokens of the learner")
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise ValueError(f"{note}: no settings of a pool: {error!r:.200}") from error
     else:
         print(f"{path} has no settings beside it: taken for its stop tokens are the learner's, {stop_ids}")
     run.learner.stop_ids = tuple(sorted({*stop_ids, *theirs}))  # as in train.frozen_model
-    places, run.weights["explorer"] = index(path)
 
     wanted, measured = {}, args.schedule == "measured"  # {problem: the most rollouts that a step asks of it}
     for step in range(1, args.steps + 1):
@@ -140,10 +141,10 @@ def draw(path, places, learner, max_new_tokens, prompts, n, generator):
                     records.append(read(file.readline(), prompt, learner))
                 except (ValueError, KeyError, TypeError, RecursionError) as error:
                     raise OSError(f"{path}, byte {there[i]}: no rollout to use: {error!r:.200}") from error
-    ids, logps = ([torch.tensor(row[:max_new_tokens]) for row in rows] for rows in zip(*records))
-    lengths = torch.tensor([len(row) for row in ids])
-    finished = torch.tensor([int(row[-1]) in learner.stop_ids for row in ids])
-    ids, logps = (pad_sequence(rows, batch_first=True) for rows in (ids, logps))  # [P*n, T] each
+    lengths = torch.tensor([min(len(ids), max_new_tokens) for ids, _ in records])
+    finished = torch.tensor([ids[:max_new_tokens][-1] in learner.stop_ids for ids, _ in records])
+    ids, logps = (pad_sequence([torch.tensor(row[:max_new_tokens]) for row in rows], batch_first=True)
+                  for rows in zip(*records))  # [P*n, T] each
     fields = ids, lengths, logps, finished, torch.zeros_like(finished)
     return Rollouts(*(x.unflatten(0, (len(prompts), n)).to(learner.head.device) for x in fields))
 

@@ -63,8 +63,8 @@ def rescue(args, run, explore):
 
 
 def by_either(prompts, n, failed, *writers):
-    """Rollouts [P, n]: by the first of two writers (explore, generator) of the prompts that failed [P], by the
-    second of the others."""
+    """Rollouts [P, n]: of prompts that failed [P] by the first of two writers (explore, generator), of the
+    others by the second."""
     parts = []
     for (write, generator), which in zip(writers, (failed, ~failed)):
         chosen = [prompt for prompt, wanted in zip(prompts, which.tolist()) if wanted]

@@ -22,7 +22,7 @@ import train as training
 from recipes import data, explorers, internlm2, overnight, pool, retokenize
 from recipes import rescue as rescuing
 from recipes import separate as separating
-from test_part_a import ROOT, family, flags, hf_pair, read_metrics, seeded, tiny_model, weights  # noqa: F401
+from test_all import ROOT, family, flags, hf_pair, read_metrics, seeded, tiny_model, weights  # noqa: F401
 
 
 def run_here(family, out, *more, loop=training.train, open_explorer=training.open_explorer):
