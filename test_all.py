@@ -1246,7 +1246,7 @@ def test_one_experiment_an_out(family, tmp_path, capsys):
     train_here(family, tmp_path / "run", *more)
     for out in ("run", "notes", "learner"):
         refused(out, f"{out} is there already")
-    refused("notes", "notes is there already", "--resume")
+    refused("notes", "notes holds no run", "--resume")
     refused("learner", "other settings", "--resume")
     refused("run", "other settings: lr 0.001 -> 0.0001, seed 0 -> 3\n", "--resume", "--lr", 1e-4, "--seed", 3)
     train_here(family, tmp_path / "run", "--resume", *more, "--micro-batch-tokens", 64)  # no part of it
