@@ -1,5 +1,4 @@
-"""Small-to-large annealing: how many rollouts of each group the explorer writes at each step (S2L-PO,
-Algorithm 1).
+"""Small-to-large annealing: how much of each group the explorer writes at each step (Algorithm 1).
 
     alpha_i = 1 - (i - 1) / (T_mix - 1)   for i <= T_mix, else 0       explorer's share at step i = 1, 2, ...
     G_w = ceil(alpha_i * G),  G_s = G - G_w                            explorer's and learner's rollouts

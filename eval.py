@@ -49,8 +49,7 @@ def evaluate(write, tokenizer, problems, n, generator, thinking=None):
 
 
 def interval(share, count, z=1.96):
-    """Wilson's 95% interval of a share seen over `count` problems. Several rollouts a problem only narrow
-    it."""
+    """Wilson's 95% interval of a share over `count` problems, which several rollouts each only narrow."""
     centre = share + z * z / (2 * count)
     spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count ** 2))
     return [(centre + sign * spread) / (1 + z * z / count) for sign in (-1, 1)]
@@ -61,8 +60,7 @@ def powers_of_two(n):
 
 
 def crossover(ks, first, second):
-    """The k (interpolated in log k) at which the curve that starts lower takes the lead; None if it never
-    does."""
+    """The k, interpolated in log k, at which the curve that starts lower takes the lead; None if never."""
     lead = [(math.log(k), a - b) for k, a, b in zip(ks, first, second) if a != b]
     for (x, before), (next_x, after) in zip(lead, lead[1:]):
         if before * after < 0:

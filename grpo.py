@@ -25,8 +25,7 @@ OFF_POLICY = ("recompute", "behaviour", "truncated", "geometric", "positive")
 
 
 def group_advantages(rewards, scale=True):
-    """A [P, G] of rewards [P, G]: each row centred on its mean and, with `scale`, divided by its standard
-    deviation.
+    """A [P, G] of rewards [P, G]: each row less its mean and, with `scale`, over its standard deviation.
 
     The standard deviation is the unbiased one (ddof 1), plus 1e-6. A group of equal rewards teaches nothing
     and gets exactly 0: rounded, the mean of rewards like 0.7 differs from each of them, and dividing that by
@@ -159,9 +158,8 @@ def response_logprobs(model, prompts, groups, ids, mask, temperature=1.0):
 
 
 def micro_batches(groups, prompts, responses, tokens):
-    """Slices of consecutive rows that run at most so many tokens, padding counted, and at least one row.
-    Given are each row's group, prompt length and response length (lists); a group's prompt runs once in a
-    slice."""
+    """Slices of consecutive rows that run at most so many tokens, padding counted, or one row. Given are each
+    row's group, prompt length and response length (lists); a group's prompt runs once in a slice."""
     slices, start = [], 0
     for end in range(1, len(groups) + 1):
         part = slice(start, end)

@@ -7,8 +7,7 @@ all that differs.
 Batches are padded on the RIGHT: a causal model never looks right, so padding needs no mask, and a token's
 position is simply its index.
 
-Shapes: B rows, T tokens, D hidden, H query heads, K key/value heads, h head size, I MLP, V vocabulary, N =
-B*T.
+Shapes: B rows, T tokens, D hidden, H query heads, K key/value heads, h head size, I MLP, V vocabulary.
 """
 import functools
 import hashlib
@@ -36,7 +35,7 @@ class Config:
     num_key_value_heads: int
     head_dim: int
     rope_theta: float
-    rope_scaling: dict | None  # Llama 3's; no other kind changes anything within the context
+    rope_scaling: dict | None  # Llama 3's; no other accepted kind changes anything within the context
     rms_norm_eps: float
     max_position_embeddings: int
     tie_word_embeddings: bool
@@ -252,9 +251,8 @@ def read_prompts(model, prompts):
 # ---- log pi(target) without the [tokens, vocabulary] array -------------------------------------------------
 
 def naive_logprobs(hidden, weight, targets, temperature=1.0):
-    """log softmax(hidden @ weight.T / temperature)[target]: [N, D], [V, D], [N] -> [N]. The reference: three
-    lines that hold the [N, V] array several times over, usually the largest thing in an RL trainer's
-    memory."""
+    """log softmax(hidden @ weight.T / temperature)[target]: [N, D], [V, D], [N] -> [N]. The reference, for
+    tests: it holds the [N, V] array several times over, the largest thing in an RL trainer's memory."""
     logits = (hidden @ weight.T).float() / temperature  # [N, D] @ [D, V] -> [N, V]; bf16 is off by up to 0.06
     return logits.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
 
@@ -353,8 +351,7 @@ def pick_device(name):
 
 
 def directory_of(source):
-    """Path of a checkpoint: a directory, or a name on the Hugging Face hub, downloaded once and kept in its
-    cache."""
+    """Path of a checkpoint: a directory, or a name on the Hugging Face hub, which is downloaded once."""
     if Path(source).is_dir():
         return Path(source)
     from huggingface_hub import snapshot_download  # comes with transformers

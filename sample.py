@@ -36,8 +36,7 @@ class Rollouts:
 
     @property
     def mask(self):
-        """[P, G, T] True on the response's tokens: up to and including the first stop token, nothing after
-        it."""
+        """[P, G, T] True on the response's tokens: up to the first stop token, which it includes."""
         return torch.arange(self.ids.shape[2], device=self.ids.device) < self.lengths[..., None]
 
 
@@ -149,8 +148,7 @@ def sample(model, prompts, n, generator, max_new_tokens, temperature=1.0, top_k=
     """Rollouts of `n` responses to each prompt (a list of id lists), at most max(rows, n) at once.
 
     `generator` is a CPU torch.Generator: the same one gives the same uniform numbers on every device.
-    ValueError for settings out of range, and if a prompt and max_new_tokens do not fit the model's
-    context."""
+    ValueError for settings out of range, and for a prompt that leaves no room for max_new_tokens."""
     if n < 1 or max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
         raise ValueError(f"cannot sample n={n}, max_new_tokens={max_new_tokens}, temperature={temperature}, "
                          f"top_k={top_k}, top_p={top_p}: the first two start at 1, the others at 0")

@@ -1,5 +1,4 @@
-"""S2L-PO: GRPO on a large learner, part of whose rollout groups a frozen small explorer writes (arXiv
-2605.30789).
+"""S2L-PO: GRPO on a large learner with a frozen small explorer in its rollout groups (arXiv 2605.30789).
 
     python train.py                       the laptop run: makes its two models the first time, then trains
     python train.py --explorer none       the same without an explorer: plain GRPO
@@ -42,8 +41,8 @@ LEARNER, EXPLORER, MINIBATCH, EVALUATION, ADAPTER = range(5)  # what a random st
 
 
 def train(args, run, explore):
-    """S2L-PO, Algorithm 1. explore(prompts, n, generator) writes the explorer's rollouts [P, n]; None: plain
-    GRPO."""
+    """S2L-PO, Algorithm 1. explore(prompts, n, generator) writes the explorer's rollouts [P, n].
+    Without it (None) this is plain GRPO."""
     for step in range(last_step(run) + 1, args.steps + 1):                           # for i = 1..T
         random = partial(generator, args.seed, step)
         batch = batch_of(step, args.prompts_per_step, len(run.problems), args.seed)
@@ -91,8 +90,7 @@ def generator(seed, step, purpose):
 
 
 def batch_of(step, size, count, seed):
-    """Indices of the step's problems: every problem once, in an order shuffled anew, before any comes
-    again."""
+    """Indices of the step's problems: each comes once, in an order shuffled anew, before any comes again."""
     positions = range((step - 1) * size, step * size)
     epochs = {position // count for position in positions}
     orders = {epoch: np.random.default_rng([seed, epoch]).permutation(count) for epoch in epochs}
