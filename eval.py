@@ -172,22 +172,17 @@ def parse_flags():
     return args
 
 
-def results_of(args, name, problems_of, out):
-    """Yields (data, `evaluate`'s result) of one model, written to `out` when whole. What is there of the same
-    weights, problems and settings is not run again. Every 16 problems have random numbers of their own."""
-    model, tokenizer = load(name, pick_device(args.device), getattr(torch, args.dtype))
-    write = partial(sample, model, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
-                    top_k=args.top_k, top_p=args.top_p, presence_penalty=args.presence_penalty,
-                    rows=args.rollout_rows)
-    settings = {key: x for key, x in vars(args).items() if key not in ("model", "data", "out", "device")}
+def results_of(write, tokenizer, problems_of, n, seed, thinking, settings, out):
+    """Yields (data, `evaluate`'s result) of one model, written to directory `out` when whole. What is there of the
+    same problems and settings is not run again. Every 16 problems have random numbers of their own."""
     for data, problems in problems_of.items():
-        key = json.dumps([fingerprint(model), settings, [vars(problem) for problem in problems]])
+        key = json.dumps([settings, [vars(problem) for problem in problems]])
         path = out / f"result-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"
         if not path.exists():
-            result = {"model": name, "data": data, "settings": settings}
-            for start in tqdm(range(0, len(problems), 16), desc=f"{name} on {data}", unit="batch"):
-                random = torch.Generator().manual_seed(args.seed * 1_000_003 + start)
-                found = evaluate(write, tokenizer, problems[start:start + 16], args.n, random, args.thinking)
+            result = {"data": data, "settings": settings}
+            for start in tqdm(range(0, len(problems), 16), desc=data, unit="batch"):
+                random = torch.Generator().manual_seed(seed * 1_000_003 + start)
+                found = evaluate(write, tokenizer, problems[start:start + 16], n, random, thinking)
                 result |= {key: result.get(key, []) + found[key] for key in found}
             (out / "partial").write_text(json.dumps(result))
             (out / "partial").replace(path)
@@ -223,7 +218,15 @@ def main():
             raise ValueError("--n and --problems start at 1")
         problems, out = {data: load_problems(data)[:args.problems] for data in args.data}, Path(args.out)
         out.mkdir(parents=True, exist_ok=True)
-        results = {name: dict(results_of(args, name, problems, out)) for name in args.model}
+        settings = {key: x for key, x in vars(args).items() if key not in ("model", "data", "out", "device")}
+        results = {}
+        for name in args.model:
+            model, tokenizer = load(name, pick_device(args.device), getattr(torch, args.dtype))
+            write = partial(sample, model, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
+                            top_k=args.top_k, top_p=args.top_p, presence_penalty=args.presence_penalty,
+                            rows=args.rollout_rows)
+            results[name] = dict(results_of(write, tokenizer, problems, args.n, args.seed, args.thinking,
+                                            settings | {"weights": fingerprint(model)}, out))
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         print(f"eval.py: error: {str(error).splitlines()[0]}", file=sys.stderr)
         sys.exit(2)
