@@ -173,7 +173,7 @@ def parse_flags():
 
 
 def results_of(write, tokenizer, problems_of, n, seed, thinking, settings, out):
-    """Yields (data, `evaluate`'s result) of one model, written to directory `out` when whole. What is there of
+    """Yields (data, `evaluate`'s result) of one model, written to `out` when whole. What is there of
     the same problems and settings is not run again. Every 16 problems have random numbers of their own."""
     for data, problems in problems_of.items():
         key = json.dumps([settings, [vars(problem) for problem in problems]])

@@ -1305,7 +1305,8 @@ def test_the_readme_names_what_exists():
     """A reader's first command must not fail."""
     text, flag = (ROOT / "README.md").read_text(), r"(?<![\w-])--[a-z][a-z0-9-]*"
     sources = [p for p in (*ROOT.glob("*.py"), *ROOT.glob("*/*.py")) if not p.name.startswith("test_")]
-    known = lambda paths: {"--help"}.union(*(re.findall(r'add\w*\("(--[^"]+)"', p.read_text()) for p in paths))
+    flags_of = lambda path: re.findall(r'add\w*\("(--[^"]+)"', path.read_text())
+    known = lambda paths: {"--help"}.union(*map(flags_of, paths))
     for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
         assert (ROOT / link).exists(), link
     assert {*re.findall(flag, text)} <= known(sources)
