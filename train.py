@@ -66,9 +66,9 @@ def train(args, run, explore):
         rollouts = join(explored, own)                                               # O [P, G]
         clock.append(time.perf_counter())
 
-        # 3. Rewards  4. Advantages, over the combined group
+        # 3. Rewards (a score is reward, strict, answer)  4. Advantages, over the combined group
         texts = decode(rollouts, run.tokenizer)                                      # [P][G]
-        scores = score_all(problems, texts).to(rollouts.ids.device)                  # [P, G, reward ..]
+        scores = score_all(problems, texts).to(rollouts.ids.device)                  # [P, G, 3]
         advantages = group_advantages(scores[..., 0], scale=args.loss != "dr_grpo")  # [P, G]
         clock.append(time.perf_counter())
 
@@ -140,7 +140,8 @@ def parse_flags(argv=None):
     add("--rollout-rows", type=int, default=1024, help="rows sampled at once: lower it to save memory (1024)")
     add = parser.add_argument_group("update (grpo.py)").add_argument
     add("--lr", type=float, help="AdamW's, constant (8e-4; with --learner 1e-6, with --lora-rank too 1e-5)")
-    add("--minibatches", type=int, default=2, help="optimiser steps a step; with 1 only behaviour ratios are clipped (2)")
+    add("--minibatches", type=int, default=2,
+        help="optimiser steps a step; with 1 only --off-policy behaviour is ever clipped (2)")
     add("--micro-batch-tokens", type=int, default=8192, help="run at once: lower it to save memory (8192)")
     add("--checkpoint-layers", action="store_true", help="recompute activations: slower, far less memory")
     add("--lora-rank", type=int, default=0, help="train adapters of this rank, not all weights; 0: off (0)")
