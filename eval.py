@@ -9,6 +9,7 @@ wins at k = 1, the smaller one at large k, because its rollouts differ more from
 """
 import argparse
 import hashlib
+import importlib.util
 import json
 import math
 import sys
@@ -21,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from model import fingerprint, load, pick_device
-from reward import load_problems, score
+from reward import Score, load_problems, score
 from sample import decode, encode, sample
 
 
@@ -35,7 +36,7 @@ def pass_at_k(correct, n, k):
     return float(1.0 - np.mean(all_fail))
 
 
-def evaluate(write, tokenizer, problems, n, generator, thinking=None):
+def evaluate(write, tokenizer, problems, n, generator, thinking=None, score=score):
     """n rollouts of every problem by write(prompts, n, generator) -> Rollouts. Returns {"answer": [P],
     "strict": [P]}, the numbers of rollouts whose final answer (whose every step) is right, "truncated" [P]
     and "tokens" [P], those cut short and their total length, and "texts" [P][n]."""
@@ -46,6 +47,16 @@ def evaluate(write, tokenizer, problems, n, generator, thinking=None):
     return {"answer": [sum(s.answer for s in group) for group in scores],
             "strict": [sum(s.strict for s in group) for group in scores], "texts": texts,
             "truncated": (~rollouts.finished).sum(1).tolist(), "tokens": rollouts.lengths.sum(1).tolist()}
+
+
+def math_verify_score(problem, text):
+    """math-verify's verdict, for comparison with published figures. Not to train against: it evaluates
+    expressions, so that a response which repeats the question's own sum is right."""
+    from math_verify import parse, verify
+    if problem.task not in ("math", "instructed"):
+        return score(problem, text)
+    right = verify(parse(f"\\boxed{{{problem.answer}}}"), parse(text))
+    return Score(float(right), right, right)
 
 
 def interval(share, count, z=1.96):
@@ -140,6 +151,7 @@ def draw_run(path, history):
 
 # ---- the command line --------------------------------------------------------------------------------------
 
+VERIFIERS = {"strict": score, "math-verify": math_verify_score}
 MODES = {
     "think": dict(temperature=0.6, top_p=0.95, top_k=20, presence_penalty=0.0, thinking="on"),
     "nothink": dict(temperature=0.7, top_p=0.8, top_k=20, presence_penalty=1.5, thinking="off")}
@@ -160,6 +172,7 @@ def parse_flags():
     add("--top-p", type=float, default=1.0, help="1: off")
     add("--presence-penalty", type=float, default=0.0, help="taken off the logits of tokens already written")
     add("--thinking", choices=("on", "off"), help="for chat templates that can; None: the template's own")
+    add("--verifier", choices=VERIFIERS, default="strict", help="who compares answers; strict: reward.py")
     add("--rollout-rows", type=int, default=1024, help="rows sampled at once: lower it to save memory")
     add("--seed", type=int, default=0, help="of the rollouts")
     add("--device", default="auto", help="auto: cuda, then mps, then cpu")
@@ -172,7 +185,7 @@ def parse_flags():
     return args
 
 
-def results_of(write, tokenizer, problems_of, n, seed, thinking, settings, out):
+def results_of(write, tokenizer, problems_of, settings, out):
     """Yields (data, `evaluate`'s result) of one model, written to `out` when whole. What is there of
     the same problems and settings is not run again. Every 16 problems have random numbers of their own."""
     for data, problems in problems_of.items():
@@ -180,10 +193,13 @@ def results_of(write, tokenizer, problems_of, n, seed, thinking, settings, out):
         path = out / f"result-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"
         if not path.exists():
             result = {"data": data, "settings": settings}
-            for start in tqdm(range(0, len(problems), 16), desc=data, unit="batch"):
-                random = torch.Generator().manual_seed(seed * 1_000_003 + start)
-                found = evaluate(write, tokenizer, problems[start:start + 16], n, random, thinking)
+            seconds = 0.1 if sys.stderr.isatty() else 30  # in a log, a line is a line
+            for start in tqdm(range(0, len(problems), 16), desc=data, unit="batch", mininterval=seconds):
+                random = torch.Generator().manual_seed(settings["seed"] * 1_000_003 + start)
+                found = evaluate(write, tokenizer, problems[start:start + 16], settings["n"], random,
+                                 settings["thinking"], VERIFIERS[settings["verifier"]])
                 result |= {key: result.get(key, []) + found[key] for key in found}
+            out.mkdir(parents=True, exist_ok=True)
             (out / "partial").write_text(json.dumps(result))
             (out / "partial").replace(path)
         yield data, json.loads(path.read_text())
@@ -216,8 +232,9 @@ def main():
     try:
         if args.n < 1 or args.problems < 1:
             raise ValueError("--n and --problems start at 1")
+        if args.verifier == "math-verify" and not importlib.util.find_spec("math_verify"):
+            raise ValueError("--verifier math-verify: pip install math-verify")
         problems, out = {data: load_problems(data)[:args.problems] for data in args.data}, Path(args.out)
-        out.mkdir(parents=True, exist_ok=True)
         settings = {key: x for key, x in vars(args).items() if key not in ("model", "data", "out", "device")}
         results = {}
         for name in args.model:
@@ -225,14 +242,14 @@ def main():
             write = partial(sample, model, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
                             top_k=args.top_k, top_p=args.top_p, presence_penalty=args.presence_penalty,
                             rows=args.rollout_rows)
-            results[name] = dict(results_of(write, tokenizer, problems, args.n, args.seed, args.thinking,
-                                            settings | {"weights": fingerprint(model)}, out))
+            hashed = settings | {"weights": fingerprint(model)}
+            results[name] = dict(results_of(write, tokenizer, problems, hashed, out))
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         print(f"eval.py: error: {str(error).splitlines()[0]}", file=sys.stderr)
         sys.exit(2)
     ks, figure = powers_of_two(args.n), new_figure(len(problems))
     for i, data in enumerate(problems):
-        print(f"\n{data}: {len(problems[data])} problems, {args.n} rollouts each")
+        print(f"\n{data}: {len(problems[data])} problems, {args.n} rollouts each, verifier {args.verifier}")
         curves = report({name: results[name][data] for name in results}, problems[data], ks, args.n)
         if figure:
             plot_curves(np.atleast_1d(figure[1])[i], ks, curves, Path(data).name)

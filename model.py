@@ -143,12 +143,12 @@ def add_lora(model, rank, generator):
 
 @torch.no_grad()
 def merge_lora(model):
-    """Adds the adapters to the matrices they adapt, and removes them. The sums are float32: most of what was
-    learnt is less than bfloat16 can tell beside the weight."""
+    """Adds the adapters to the matrices they adapt, and removes them. A sum is taken in float32 and rounded
+    once, to the dtype of the base."""
     for linear in (module for module in model.layers.modules() if isinstance(module, Linear)):
         if linear.A is not None:
             W, A, B = linear.weight.float(), linear.A.float(), linear.B.float()
-            linear.weight = nn.Parameter(W + (linear.ALPHA / len(A)) * (B @ A))
+            linear.weight = nn.Parameter((W + (linear.ALPHA / len(A)) * (B @ A)).to(linear.weight.dtype))
             linear.A = linear.B = None
 
 
@@ -410,6 +410,10 @@ def load(source, device="cpu", dtype=torch.float32):
     from transformers import AutoTokenizer
     try:
         directory = directory_of(source)
+        if (directory / "adapter_config.json").exists():
+            raise ValueError("an adapter without its base: peft's merge_and_unload makes one model of both")
+        if [*directory.glob("*.bin")] and not [*directory.glob("model*.safetensors")]:
+            raise ValueError("weights in .bin files: transformers' save_pretrained makes safetensors of them")
         hf = json.loads((directory / "config.json").read_text())
         with torch.device("meta"):  # shapes only: no time is spent on random weights
             model = Transformer(Config.from_hf(hf))

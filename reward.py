@@ -122,17 +122,20 @@ TASKS = {"habit": re.compile("[A-D][a-l]{2}[0-9]{6}="),  # and their questions
 def load_problems(path):
     """[Problem], each once, from JSONL with `question`, `answer` and, optionally, `task`.
     ValueError names the file and line of a record that cannot be used; OSError if the file cannot be read."""
-    problems = {}  # a dictionary: DAPO-Math-17k is published with every problem about a hundred times
+    problems, records = {}, 0  # a dictionary: DAPO-Math-17k has every problem about a hundred times
     with open(path, "rb") as file:
         try:
             number = 0
             for number, line in enumerate(file, 1):
                 if line.strip():
                     problems[as_problem(json.loads(line.decode("utf-8-sig")))] = None
+                    records += 1
         except (ValueError, RecursionError) as error:  # JSONDecodeError is a ValueError
             raise ValueError(f"{path}, line {number}: {str(error)[:200]}") from error
     matchable = [problem for problem in problems if not problem.in_words or len(problem.answer) <= 300 and
                  "\n" not in problem.answer and score(problem, f"\\boxed{{{problem.answer}}}").answer]
+    if records > len(problems):
+        print(f"{path}: {records - len(problems):,} of {records:,} problems left out: they came again")
     if left_out := len(problems) - len(matchable):
         print(f"{path}: {left_out:,} of {len(problems):,} problems left out. No response matches "
               "their answers: a proof, a whole solution, or no letter where the task is `choice`")

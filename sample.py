@@ -212,9 +212,11 @@ def sample(model, prompts, n, generator, max_new_tokens, temperature=1.0, top_k=
 def encode(text, tokenizer, chat=True, thinking=None):
     """Token ids of a prompt. With `chat`, a tokeniser that has a chat template applies it, told to think
     ("on") or not ("off") where it can be, as Qwen3's. The template already holds the BOS token; exactly one
-    is wanted. ValueError if the template, a small program that comes with the checkpoint, fails."""
+    is wanted, and no EOS at the end. ValueError if the template, a small program that comes with the
+    checkpoint, fails."""
     if not chat or not tokenizer.chat_template:
-        return tokenizer(text).input_ids
+        ids = tokenizer(text).input_ids
+        return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids  # some end every text so
     options = {} if thinking is None else {"enable_thinking": thinking == "on"}
     message = [{"role": "user", "content": text.rstrip("\n")}]
     try:

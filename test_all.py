@@ -198,13 +198,17 @@ def test_traps_1_27_checkpoints_mean_the_same_to_transformers_both_ways(kind, op
     ("config.json", {"hidden_size": 16}, "disagree"), ("config.json", {"num_hidden_layers": 3}, "layers.2"),
     ("model-00002-of-00005.safetensors", b"", "cannot be loaded"),
     ("model-00002-of-00005.safetensors", None, "no model"), ("tokenizer.json", b"{}", "cannot be loaded"),
-    ("generation_config.json", {"eos_token_id": 64}, "64")])
+    ("generation_config.json", {"eos_token_id": 64}, "64"), ("adapter_config.json", b"{}", "an adapter"),
+    ("config.json", {"quantization_config": {"quant_method": "gptq"}}, "gptq"),
+    ("pytorch_model.bin", b"", ".bin files")])
 def test_a_broken_checkpoint_is_refused_in_one_line(name, change, complaint, tmp_path):
     file = hf_pair("qwen3", tmp_path)[1] / name
     if isinstance(change, dict):
         changed = (json.loads(file.read_text()) | change).items()
         change = json.dumps({key: value for key, value in changed if value is not ...}).encode()
     file.unlink() if change is None else file.write_bytes(change)
+    for path in tmp_path.glob("model*") if name.endswith(".bin") else ():
+        path.unlink()
     with pytest.raises(ValueError, match=complaint) as refused:
         models.load(tmp_path)
     assert str(tmp_path) in str(refused.value) and "\n" not in str(refused.value)
@@ -237,15 +241,19 @@ def test_lora_trains_adapters_alone_and_is_merged_on_save(kind, tmp_path):
     assert torch.allclose(merged, expected, atol=1e-4) and (expected - plain.logps).abs().max() > 1e-2
 
 
-def test_merging_into_bfloat16_weights_loses_nothing():
-    """Most of what adapters have learnt is less than bfloat16 can tell beside the weight."""
-    model = tiny_model().bfloat16()
+def test_adapters_of_a_bfloat16_base_are_rounded_once_and_saved_in_its_dtype(tmp_path):
+    """Float32 beside bfloat16 under the name of one of them is what other libraries misread."""
+    from safetensors.torch import load_file
+    model, tokenizer = models.load(hf_pair("qwen3", tmp_path)[1], dtype=torch.bfloat16)
     models.add_lora(model, 3, seeded())
     linear = model.layers[1].self_attn.o_proj
-    linear.B.data.normal_(0, 1e-4, generator=seeded())
+    linear.B.data.normal_(0, 1e-1, generator=seeded())
     exact = linear.weight.float() + 32 / 3 * linear.B.float() @ linear.A.float()
-    models.merge_lora(model)
-    assert (linear.weight - exact).abs().max() < 1e-7 < (exact.bfloat16() - exact).abs().max()
+    models.save(model, tokenizer, tmp_path / "merged")
+    saved = load_file(tmp_path / "merged" / "model.safetensors")
+    assert {weight.dtype for weight in saved.values()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert torch.equal(saved["model.layers.1.self_attn.o_proj.weight"], exact.bfloat16())
 
 
 def test_checkpointed_layers_keep_less_for_the_backward_pass():
@@ -360,6 +368,23 @@ def test_freed_rows_are_refilled_and_no_row_depends_on_its_neighbours(monkeypatc
     assert max(rows) == 8 and len(rows) < 0.95 * batch_after_batch
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_over_a_cache_can_be_fused(dtype, monkeypatch):
+    """Queries of 3 dimensions, or keys copied for each head: the slow path, 5 times the time in bfloat16."""
+    choices, attention = [], F.scaled_dot_product_attention
+
+    def note(q, k, v, attn_mask=None, **options):
+        if attn_mask is not None:
+            choices.append(torch._fused_sdp_choice(q, k, v, attn_mask))
+            assert k.shape[1] == TINY["num_key_value_heads"]
+        return attention(q, k, v, attn_mask=attn_mask, **options)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", note)
+    model = tiny_model().to(dtype)
+    rollouts = sampling.sample(model, PROMPTS, 3, seeded(), 9)
+    by_row(model, rollouts)
+    assert len(choices) >= 2 * 9 and 0 not in choices  # 0: the path that no kernel takes
+
+
 def test_the_host_looks_at_the_device_a_few_times_in_eight_tokens():
     """A look waits for all that a GPU has still to do: one a token, and the GPU idles between tokens."""
     model, looks = tiny_model(), (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero)
@@ -409,6 +434,8 @@ def test_trap_22_exactly_one_bos_and_a_broken_template_is_one_line(tmp_path):
     assert sampling.encode("2+2=", tokenizer, chat=False) == expected("2+2=")
     for thinking, last in ((None, "0"), ("off", "0"), ("on", "1")):
         assert sampling.encode("2+2=\n", tokenizer, thinking=thinking) == expected("2+2=" + last)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(f"$A {bos}", special_tokens=[(bos, 0)])
+    assert sampling.encode("2+2=", tokenizer, chat=False) == expected("2+2=")[1:]  # and the EOS is cut off
     tokenizer.chat_template = "{{ raise_exception('no\\nsuch') }}"
     with pytest.raises(ValueError, match="chat template fails: no such"):
         sampling.encode("2+2=", tokenizer)
@@ -1061,6 +1088,17 @@ def test_evaluation_counts_what_the_seam_writes(family):
                      "texts": [["7", "6", "1+67"]] * 2}
 
 
+def test_math_verify_judges_only_where_it_is_asked_to(tmp_path):
+    """It evaluates the question's own expression: an easy way to full reward that solves nothing."""
+    problem = reward.Problem("What is 1 + 2 + .. + 100?", "5050")
+    texts = ["\\boxed{5050}", "\\boxed{5}", "\\boxed{\\sum_{i=1}^{100} i}", "\\boxed{10100/2}"]
+    assert [reward.score(problem, text).answer for text in texts] == [True, False, False, False]
+    pytest.importorskip("math_verify", reason="pip install math-verify")
+    verdicts = [evaluation.math_verify_score(problem, text).answer for text in texts]
+    assert verdicts == [True, False, True, True]
+    assert evaluation.math_verify_score(reward.Problem("3+4=", "7", "natural"), "3+47").strict is False
+
+
 def test_eval_cli_keeps_results_and_knows_a_replaced_model(family, tmp_path, monkeypatch, capsys):
     """Yesterday's model under today's name is the easiest wrong figure to publish."""
     shutil.copytree(family / "learner", tmp_path / "model")
@@ -1251,12 +1289,33 @@ def test_one_experiment_an_out(family, tmp_path, capsys):
     refused("run", "other settings: lr 0.001 -> 0.0001, seed 0 -> 3\n", "--resume", "--lr", 1e-4, "--seed", 3)
     train_here(family, tmp_path / "run", "--resume", *more, "--micro-batch-tokens", 64)  # no part of it
     shutil.copytree(tmp_path / "run" / "learner", tmp_path / "learner", dirs_exist_ok=True)
-    refused("run", "other settings: weights", "--resume")
+    refused("run", "other settings: hash_of_learner", "--resume")
+
+
+def test_a_resumed_run_knows_that_its_problems_were_replaced(family, tmp_path, capsys):
+    data = Path(shutil.copy(family / "train.jsonl", tmp_path / "data.jsonl"))
+    more = ("--data", data, "--steps", 2, "--eval-data", "")
+    train_here(family, tmp_path / "run", *more)
+    data.write_text("".join(sorted(data.read_text().splitlines(keepends=True))))
+    code, _, error = main_here(capsys, flags(family, tmp_path / "run", *more, "--resume"))
+    assert code == 2 and "other settings: hash_of_problems" in error
+
+
+def test_what_is_left_out_or_amiss_with_the_problems_is_said(family, tmp_path, capsys):
+    """One prompt that is too long must not cost the run, and questions seen in training are no exam."""
+    problems = reward.load_problems(family / "train.jsonl")
+    reward.save_problems([*problems, problems[3], reward.Problem("1+1" * 42 + "=", "2")], tmp_path / "data")
+    code, said, error = main_here(capsys, flags(family, tmp_path / "run", "--data", tmp_path / "data",
+                                                "--eval-data", family / "train.jsonl", "--steps", 1))
+    assert code == 0 and f"1 of {len(problems) + 1} problems left out: too long for the context of 128" in said
+    assert f"1 of {len(problems) + 2} problems left out: they came again" in said
+    assert "warning: 8 held-out questions are in --data too" in error
 
 
 @pytest.mark.parametrize("change, complaint", [
     ("--learner no/such", "no/such"), ("--explorer no/such", "no/such"), ("--data broken", "broken, line 2"),
-    ("--eval-data long", "context of 128"), ("--max-new-tokens 125", "context of"), ("--mix-steps 5", "mix"),
+    ("--eval-data long", "no problem is left"), ("--max-new-tokens 125", "no problem is left"),
+    ("--data words", "no tokens for '?Wst'"), ("--mix-steps 5", "mix"),
     ("--explorer other", "differ in 2 tokens"), ("--group-size 1", "group"), ("--minibatches 9", "minibatch"),
     ("--device nonsense", "nonsense"), ("--learner {laptop}", "gone.jsonl")])
 def test_bad_input_is_one_line_exit_code_2_and_nothing_made(
@@ -1267,6 +1326,7 @@ def test_bad_input_is_one_line_exit_code_2_and_nothing_made(
     monkeypatch.setattr(families, "make_family", lambda *args, **more: pytest.fail("minutes for a slip"))
     Path("broken").write_text((family / "train.jsonl").read_text()[:60] + "\n")
     reward.save_problems([reward.Problem("1+1" * 100, "2")], "long")
+    reward.save_problems([reward.Problem("What is 1+1?", "2")], "words")
     tokens = Path(shutil.copytree(family / "explorer", "other"), "tokenizer.json")
     tokens.write_text(tokens.read_text().replace('"b"', '"B2"'))
     argv, before = flags(family, "run", *change.split()), {*tmp_path.iterdir()}

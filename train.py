@@ -16,6 +16,7 @@ Shapes: P prompts a step, G rollouts a prompt (one group).
 """
 import argparse
 import copy
+import hashlib
 import json
 import os
 import re
@@ -215,7 +216,7 @@ class Run:
     problems: list       # [Problem]
     prompts: list        # the token ids of each
     eval_problems: list  # [Problem], held out
-    weights: dict        # {"learner": fingerprint of what was loaded, "explorer": ..}
+    hashes: dict         # {"learner": .., "explorer": .., "problems": ..}, of what was loaded
     history: list = field(default_factory=list)  # metrics of each step; step 0 is the base models' evaluation
     stopped: int = 0     # the signal that came
 
@@ -245,20 +246,22 @@ def load_run(args, open_explorer):
         print(f"first run: making the two base models of task `{args.task}`, kept in {family}")
         make_family(family, args.task, device=device)
 
-    problems = load_problems(args.data)
-    held_out = load_problems(args.eval_data)[:args.eval_problems] if args.eval_data else []
     learner, tokenizer = load(args.learner, device, dtype)
-    prompts = [encode(p.prompt, tokenizer, p.in_words, args.thinking) for p in problems + held_out]
-    check_lengths(learner, prompts, args.max_new_tokens)
+    problems, prompts = read_problems(args, learner, tokenizer, args.data)
+    held_out = read_problems(args, learner, tokenizer, args.eval_data)[0] if args.eval_data else []
+    held_out = held_out[:args.eval_problems]
+    if shared := {problem.question for problem in problems} & {problem.question for problem in held_out}:
+        print(f"warning: {len(shared)} held-out questions are in --data too: pass@k there is not held out",
+              file=sys.stderr)
     learner.compiled, learner.checkpoint_layers = args.compile, args.checkpoint_layers
-    weights, reference = {"learner": fingerprint(learner)}, None
+    texts = hashlib.sha256(f"{problems}{held_out}".encode()).hexdigest()
+    hashes, reference = {"learner": fingerprint(learner), "problems": texts[:16]}, None
     if args.kl_coef:  # the learner before any update; with LoRA its own tensors without the adapters
         shared = {id(weight): weight for weight in learner.parameters()} if args.lora_rank else {}
         reference = copy.deepcopy(learner, shared).requires_grad_(False)
     if args.lora_rank:
         add_lora(learner, args.lora_rank, generator(args.seed, 0, ADAPTER))
-    run = Run(learner, tokenizer, reference, Optimizer(learner, args.lr), problems, prompts[:len(problems)],
-              held_out, weights)
+    run = Run(learner, tokenizer, reference, Optimizer(learner, args.lr), problems, prompts, held_out, hashes)
     explore = open_explorer(args, run) if args.explorer != "none" else None
     claim(args, run, out)
 
@@ -266,9 +269,29 @@ def load_run(args, open_explorer):
     print(f"learner   {args.learner}: {count(learner.parameters())} parameters, "
           f"{count(run.optimizer.weights)} trained at {args.lr:g}, {args.dtype} on {device}\n"
           f"explorer  {args.explorer}: {f'schedule {args.schedule}' if explore else 'plain GRPO'}\n"
+          f"a step    {args.prompts_per_step} prompts x {args.group_size} rollouts of up to "
+          f"{args.max_new_tokens} tokens, {args.minibatches} mini-batches\n"
           f"problems  {len(problems)} to train on, {len(held_out)} held out; first prompt and its answer:\n"
           f"          {tokenizer.decode(prompts[0])!r}, {problems[0].answer!r}")
     return run, explore
+
+
+def read_problems(args, learner, tokenizer, path):
+    """(problems of a file, their prompts), without those that leave no room for a response. ValueError if
+    none does, or the tokeniser loses text."""
+    problems, context = load_problems(path), learner.config.max_position_embeddings
+    prompts = [encode(p.prompt, tokenizer, p.in_words, args.thinking) for p in problems]
+    if lost := {c for c in problems[0].question if "!" <= c <= "~"} - {*tokenizer.decode(prompts[0])}:
+        raise ValueError(f"{path}: {args.learner}'s tokeniser has no tokens for {''.join(sorted(lost))!r}")
+    fits = [i for i, prompt in enumerate(prompts) if len(prompt) + args.max_new_tokens <= context]
+    if len(fits) < len(problems):
+        print(f"{path}: {len(problems) - len(fits):,} of {len(problems):,} problems left out: too long for "
+              f"the context of {context} tokens with --max-new-tokens {args.max_new_tokens}")
+    problems, prompts = [problems[i] for i in fits], [prompts[i] for i in fits]
+    if not problems:
+        raise ValueError(f"{path}: no problem is left: lower --max-new-tokens")
+    check_lengths(learner, prompts, args.max_new_tokens)
+    return problems, prompts
 
 
 def open_explorer(args, run):
@@ -288,7 +311,7 @@ def open_explorer(args, run):
 def frozen_model(args, run, explorer):
     """The usual `explore`. A model that shares the learner's tokeniser also shares its ends: else a base
     learner would learn an instruct explorer's stop token and not stop at it."""
-    run.weights["explorer"] = fingerprint(explorer.requires_grad_(False))
+    run.hashes["explorer"] = fingerprint(explorer.requires_grad_(False))
     run.learner.stop_ids = explorer.stop_ids = tuple(sorted({*run.learner.stop_ids, *explorer.stop_ids}))
     explorer.compiled = run.learner.compiled
     return partial(sample, explorer, max_new_tokens=args.max_new_tokens, rows=args.rollout_rows,
@@ -314,7 +337,7 @@ def write_whole(path, write):
 def claim(args, run, out):
     """Makes `out` this run's, or takes up the run in it. ValueError if that was another experiment."""
     settings = {name: value for name, value in vars(args).items() if name not in FREE}
-    settings["weights"] = run.weights
+    settings |= {f"hash_of_{name}": value for name, value in run.hashes.items()}
     if (out / "config.json").exists():
         before = json.loads((out / "config.json").read_text())
         if changed := [name for name in settings if settings[name] != before.get(name)]:
@@ -469,7 +492,7 @@ def fail(code, error):
 
 def main(argv=None, loop=train, open_explorer=open_explorer):
     """Recipes give another loop, or an open_explorer(args, run) that returns another `explore` and notes in
-    run.weights["explorer"] what a resumed run must find again.
+    run.hashes["explorer"] what a resumed run must find again.
     Exit codes: 2 bad input or a full disk, 3 out of memory, 4 NaN, 128 + n signal n."""
     run = None
     try:

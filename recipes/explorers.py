@@ -49,11 +49,11 @@ def hot_copy(args, run):
 
 def open_fleet(args, run, also):
     """Opens --explorer and those of --also, each as train.py does."""
-    explores, weights = [], []
+    explores, hashes = [], []
     for name in (args.explorer, *also):
         explores.append(train.open_explorer(argparse.Namespace(**vars(args) | {"explorer": name}), run))
-        weights.append(run.weights["explorer"])
-    run.weights["explorer"] = weights
+        hashes.append(run.hashes["explorer"])
+    run.hashes["explorer"] = hashes
     for explore in explores:
         if explore.func is train.sample:  # the first knows nothing yet of the last one's stop tokens
             explore.args[0].stop_ids = run.learner.stop_ids

@@ -168,7 +168,8 @@ def pretrain(name, tokenizer, corpus, size, epochs, seed, device="cpu", stop_aft
                                                    pct_start=0.05)
     last, parameters = stop_after or epochs, sum(p.numel() for p in model.parameters())
     title = f"pretraining {name}, {parameters:,} parameters"
-    with tqdm(total=last * steps_per_epoch, desc=title, dynamic_ncols=True) as bar:
+    seconds = 0.1 if sys.stderr.isatty() else 30  # in a log, a line is a line
+    with tqdm(total=last * steps_per_epoch, desc=title, dynamic_ncols=True, mininterval=seconds) as bar:
         for _ in range(last):
             for rows in torch.randperm(len(ids), generator=generator).split(BATCH)[:steps_per_epoch]:
                 batch, mask = ids[rows].to(device), target_mask[rows].to(device)
@@ -181,7 +182,7 @@ def pretrain(name, tokenizer, corpus, size, epochs, seed, device="cpu", stop_aft
                 schedule.step()
                 bar.update()
                 if bar.n % 50 == 0:
-                    bar.set_postfix(loss=f"{loss.item():.3f}")
+                    bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     return model
 
 

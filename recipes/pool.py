@@ -52,7 +52,8 @@ def write_pool(args, shard, shards):
             if line.endswith(b"\n") and number in (len(problems) * args.n, (done + AT_ONCE) * args.n):
                 end, done = place, number // args.n
         file.truncate(end)
-        for start in tqdm(range(done, len(problems), AT_ONCE), desc=args.out, unit="batch"):
+        seconds = 0.1 if sys.stderr.isatty() else 30  # in a log, a line is a line
+        for start in tqdm(range(done, len(problems), AT_ONCE), desc=args.out, mininterval=seconds):
             batch = problems[start:start + AT_ONCE]
             random = torch.Generator().manual_seed(args.seed * 1_000_003 + batch[0][0])
             rollouts = sample(model, prompts[start:start + AT_ONCE], args.n, random, args.max_new_tokens,
@@ -75,7 +76,7 @@ def open_pool(args, run):
     it is no pool, or has too little for this run."""
     path, note, stop_ids = args.explorer, Path(args.explorer + ".settings.json"), run.learner.stop_ids
     writer, theirs = "EXPLORER", stop_ids
-    places, run.weights["explorer"] = index(path)
+    places, run.hashes["explorer"] = index(path)
     if note.exists():
         try:
             writer, theirs = (json.loads(note.read_text())[key] for key in ("model", "stop_ids"))

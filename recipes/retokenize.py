@@ -22,7 +22,7 @@ def open_explorer(args, run):
     if args.off_policy in ("behaviour", "truncated"):
         raise ValueError(f"--off-policy {args.off_policy} needs the explorer's log-prob of each token")
     explorer, theirs = load(args.explorer, run.learner.head.device, run.learner.head.dtype)
-    run.weights["explorer"] = fingerprint(explorer.requires_grad_(False))
+    run.hashes["explorer"] = fingerprint(explorer.requires_grad_(False))
     explorer.compiled = run.learner.compiled
     prompt_of = {}  # {prompt in the learner's tokens: in the explorer's}
     for problem in run.problems + run.eval_problems:

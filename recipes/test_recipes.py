@@ -62,7 +62,7 @@ def test_training_from_a_pool_equals_live_sampling_of_the_same_rollouts(family, 
         with pytest.raises(ValueError, match=f"lacks {lacking}, .* --model EXPLORER .* --n 4"):
             run_here(family, tmp_path / "short", *more, "--explorer", path, "--prompts-per-step", prompts)
     path.write_text("".join(lines[1:] + lines[:1]))
-    with pytest.raises(ValueError, match="began with other settings: weights"):  # it would draw others
+    with pytest.raises(ValueError, match="began with other settings: hash_of_explorer"):  # it would draw others
         run_here(family, tmp_path / "run", *more, "--explorer", path, "--resume")
 
 
@@ -229,11 +229,11 @@ def test_a_fleet_shares_the_explorers_rollouts_and_the_ends(family, tmp_path):
     run, fleet = training.load_run(args, partial(explorers.open_fleet, also=[str(tmp_path / "last")]))
     r = fleet(run.prompts, 8, seeded())  # the first member stops at the last one's stop tokens too
     stops = torch.isin(r.ids, torch.tensor(run.learner.stop_ids)) & r.mask
-    assert stops.sum(2).max() == 1 and len(run.weights["explorer"]) == 2
+    assert stops.sum(2).max() == 1 and len(run.hashes["explorer"]) == 2
 
 
 def test_a_hot_copy_stays_what_the_learner_was():
-    run = SimpleNamespace(learner=tiny_model(), weights={})
+    run = SimpleNamespace(learner=tiny_model(), hashes={})
     explore = explorers.hot_copy(SimpleNamespace(max_new_tokens=4, explorer_temperature=1.6, explorer_top_p=1,
                                                  rollout_rows=9), run)
     before = explore([[1, 2]], 8, seeded()).ids
