@@ -157,17 +157,29 @@ def response_logprobs(model, prompts, groups, ids, mask, temperature=1.0):
     return blank.masked_scatter(mask, logps), blank.masked_scatter(mask, entropies)
 
 
-def micro_batches(groups, prompts, responses, tokens):
-    """Slices of consecutive rows that run at most so many tokens, padding counted, or one row. Given are each
-    row's group, prompt length and response length (lists); a group's prompt runs once in a slice."""
-    slices, start = [], 0
-    for end in range(1, len(groups) + 1):
-        part = slice(start, end)
-        run = len(set(groups[part])) * max(prompts[part]) + (end - start) * max(responses[part])
-        if run > tokens and end - start > 1:
-            slices.append(slice(start, end - 1))
-            start = end - 1
-    return [*slices, slice(start, len(groups))]
+def micro_batches(rows, groups, prompts, responses, tokens):
+    """Splits rows (a list of indices) into parts that run at most so many tokens, padding counted, or hold
+    one row. Given are, for each row, its group, prompt length and response length (lists).
+
+    A group's prompt runs once in a part, so groups had better stay together. But rows sorted by length need
+    less padding. What runs fewer tokens is done."""
+    def split(order):
+        parts, runs = [], []
+        for row in order:
+            size = {groups[row]}, prompts[row], responses[row]
+            if parts:
+                wider = whole[0] | size[0], max(whole[1], size[1]), max(whole[2], size[2])
+                run = len(wider[0]) * wider[1] + (len(parts[-1]) + 1) * wider[2]
+            if not parts or run > tokens:
+                parts.append([])
+                runs.append(0)
+                wider, run = size, size[1] + size[2]
+            parts[-1].append(row)
+            runs[-1], whole = run, wider
+        return sum(runs), parts
+
+    orders = lambda row: (groups[row], responses[row]), lambda row: responses[row]
+    return min(split(sorted(rows, key=order)) for order in orders)[1]
 
 
 def update(learner, reference, optimizer, prompts, rollouts, advantages, generator, *, loss="grpo",
@@ -179,55 +191,63 @@ def update(learner, reference, optimizer, prompts, rollouts, advantages, generat
     P, G, T = rollouts.ids.shape
     ids, mask, sampler_logps, from_explorer, A = (x.flatten(0, 1) for x in (  # [P, G, ...] -> [N, ...]
         rollouts.ids, rollouts.mask, rollouts.logps, rollouts.from_explorer, advantages))
-    device, lengths = ids.device, mask.sum(1).tolist()
+    device = ids.device
     groups = torch.arange(P, device=device).repeat_interleave(G)  # [N] the prompt of each row
+    sizes = groups.tolist(), [len(prompts[row // G]) for row in range(P * G)], mask.sum(1).tolist()
+    # Without a KL, A = 0 is a gradient of 0. A model that has become NaN writes such rows too: found out here.
+    teaches = (bool(reference) | (A != 0) | sampler_logps.sum(1).isnan()).tolist()
 
     def logprobs(model, rows):
         return response_logprobs(model, prompts, groups[rows], ids[rows], mask[rows], temperature)
 
     def cut(rows):
-        return micro_batches([row // G for row in rows], [len(prompts[row // G]) for row in rows],
-                             [lengths[row] for row in rows], micro_batch_tokens)
+        parts = micro_batches([row for row in rows if teaches[row]], *sizes, micro_batch_tokens)
+        return [torch.tensor(part, device=device) for part in parts]
+
+    @torch.no_grad()
+    def fixed_logprobs(model):
+        logps = torch.zeros(mask.shape, device=device)
+        for rows in cut(range(P * G)):
+            logps[rows] = logprobs(model, rows)[0]
+        return logps
 
     # pi_old [N, T] is held fixed while theta moves, or nothing would ever clip. Before a single update it
     # does not move, and the update's own forward pass gives the same numbers. pi_ref [N, T] never moves.
-    learner_logps = ref_logps = None
-    with torch.no_grad():
-        if minibatches > 1:
-            learner_logps = torch.cat([logprobs(learner, part)[0] for part in cut(range(P * G))])
-        if reference:
-            ref_logps = torch.cat([logprobs(reference, part)[0] for part in cut(range(P * G))])
+    learner_logps = fixed_logprobs(learner) if minibatches > 1 else None
+    ref_logps = fixed_logprobs(reference) if reference else None
 
-    losses, kls, grad_norms, seen = [], [], [], []
+    losses, kls, grad_norms, trained = [], [], [], torch.zeros_like(mask)
+    weights = torch.zeros(mask.shape, device=device)  # [N, T]
+    per_token = torch.zeros(4, *mask.shape, device=device)  # what the metrics are means of
     for chosen in torch.randperm(P, generator=generator).to(device).tensor_split(minibatches):  # [P/m]
         minibatch = (chosen[:, None] * G + torch.arange(G, device=device)).flatten()  # whole groups: [P/m*G]
-        all_weights = token_weights(mask[minibatch], loss, max_new_tokens or T)
+        weights[minibatch] = token_weights(mask[minibatch], loss, max_new_tokens or T)
         loss_sum = kl_sum = 0.0
-        for part in cut(minibatch.tolist()):
-            rows, weights = minibatch[part], all_weights[part]
+        for rows in cut(minibatch.tolist()):
             logps, entropies = logprobs(learner, rows)
             before = logps.detach() if learner_logps is None else learner_logps[rows]
             old_logps, importance = off_policy_correction(off_policy, before, sampler_logps[rows],
                                                           from_explorer[rows], A[rows], mask[rows])
-            part_loss, ratio, clipped = policy_loss(logps, old_logps, A[rows], weights * importance,
+            part_loss, ratio, clipped = policy_loss(logps, old_logps, A[rows], weights[rows] * importance,
                                                     mask[rows], clip_low, clip_high, loss == "gspo")
             if reference:
-                kl = kl_penalty(logps, ref_logps[rows], weights, mask[rows], kl_estimator)
+                kl = kl_penalty(logps, ref_logps[rows], weights[rows], mask[rows], kl_estimator)
                 part_loss, kl_sum = part_loss + kl_coef * kl, kl_sum + kl.item()
             part_loss.backward()
             optimizer.accumulate()
             loss_sum += part_loss.item()
-            seen.append((rows, ratio, clipped.float(), entropies, (before - sampler_logps[rows]).abs()))
+            gap = (before - sampler_logps[rows]).abs()
+            trained[rows], per_token[:, rows] = mask[rows], torch.stack([ratio, clipped, entropies, gap])
         losses.append(loss_sum)
         kls.append(kl_sum)
         grad_norms.append(optimizer.step(max_grad_norm, loss_sum))  # nan: skipped, something was not finite
 
     metrics = {"loss": float(np.mean(losses)), "kl": float(np.mean(kls)) if reference else None,
-               "grad_norm": float(np.mean(grad_norms)), "skipped_updates": int(np.isnan(grad_norms).sum())}
-    rows, *per_token = map(torch.cat, zip(*seen))  # every row once, in the order it was trained on
+               "grad_norm": float(np.mean(grad_norms)), "skipped_updates": int(np.isnan(grad_norms).sum()),
+               "tokens_trained": int(trained.sum())}
     sources = {"": torch.ones_like(from_explorer), "_explorer": from_explorer, "_learner": ~from_explorer}
     for source, which in sources.items():
-        tokens = (mask & which[:, None])[rows]
+        tokens = trained & which[:, None]
         for name, x in zip(("ratio", "clip_fraction", "entropy", "logp_gap"), per_token):
             metrics[name + source] = x[tokens].mean().item() if tokens.any() else None
     return metrics
@@ -254,6 +274,8 @@ class Optimizer:
     def step(self, max_norm, loss=0.0):
         """One update from the accumulated gradients, which it clears. Returns their norm before it is scaled
         down to max_norm. Where that or the loss is not finite, nothing is updated and nan returned."""
+        for master in self.masters:  # nothing to learn is a gradient of 0: AdamW's moments decay
+            master.grad = torch.zeros_like(master) if master.grad is None else master.grad
         norm = torch.nn.utils.clip_grad_norm_(self.masters, max_norm).item()
         finite = np.isfinite(norm + loss)
         if finite:

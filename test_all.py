@@ -498,13 +498,15 @@ def test_each_prompt_runs_once_and_nothing_else_changes(kind, heads, how):
     def run(logprobs, parts):
         found = [logprobs(model, PROMPTS, groups[part], ids[part], mask[part], 0.7) for part in parts]
         loss = sum((logps * upstream[part]).sum() for logps, part in zip(found, parts))
-        return torch.cat(found).detach(), torch.cat([g.flatten() for g in torch.autograd.grad(loss, trained)])
+        back = torch.cat([torch.arange(8)[part] for part in parts]).argsort()  # rows as they were
+        gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, trained)])
+        return torch.cat(found).detach()[back], gradient
 
     expected, slope = run(row_logprobs, whole)
     model.embed_tokens.register_forward_hook(lambda module, inputs, output: read.append(inputs[0].numel()))
     for tokens in (1, 30, 10 ** 6):
         prompts = [len(PROMPTS[group]) for group in groups]
-        parts = grpo.micro_batches(groups.tolist(), prompts, lengths.tolist(), tokens)
+        parts = grpo.micro_batches(range(8), groups.tolist(), prompts, lengths.tolist(), tokens)
         logps, gradient = run(once, parts)
         assert (logps - expected).abs().max() < 1e-5 and (gradient - slope).norm() < 1e-5 * slope.norm()
     assert read[-2:] == [4 * 7, 8 * 8]  # 4 prompts of at most 7 tokens; of 9 in a row, the last predicts none
@@ -583,12 +585,50 @@ def test_micro_batches_hold_every_row_once_and_no_more_tokens_than_they_may():
     dice = random.Random(0)
     groups, lengths = [row // 4 for row in range(200)], [dice.randrange(1, 50) for _ in range(50)]
     prompts, responses = [lengths[group] for group in groups], [dice.randrange(1, 50) for _ in groups]
-    run = lambda part: len({*groups[part]}) * max(prompts[part]) + len(groups[part]) * max(responses[part])
-    for tokens in (1, 60, 300, 10 ** 6):
-        parts = grpo.micro_batches(groups, prompts, responses, tokens)
-        assert [row for part in parts for row in range(200)[part]] == list(range(200))
-        assert all(run(part) <= tokens or part.stop - part.start == 1 for part in parts)
-        assert all(run(slice(part.start, part.stop + 1)) > tokens for part in parts[:-1])  # none has room
+    run = lambda part: (len({groups[row] for row in part}) * max(prompts[row] for row in part)
+                        + len(part) * max(responses[row] for row in part))
+    for rows, tokens in itertools.product((range(200), dice.sample(range(200), 90)), (1, 60, 300, 10 ** 6)):
+        parts = grpo.micro_batches([*rows], groups, prompts, responses, tokens)
+        assert sorted(itertools.chain(*parts)) == sorted(rows)
+        assert all(run(part) <= tokens or len(part) == 1 for part in parts)
+        assert all(run([*a, b[0]]) > tokens for a, b in itertools.pairwise(parts))  # none has room for more
+    assert grpo.micro_batches([], groups, prompts, responses, 60) == []
+
+
+def test_micro_batches_pad_little():
+    """In the order of the mini-batch, a long response makes room for itself in every short one beside it."""
+    dice = np.random.default_rng(0)
+    lengths = dice.lognormal(5.5, 0.8, 512).clip(8, 2048).astype(int).tolist()
+    for prompt, at_most in ((1, 1.1), (4096, 2)):  # where prompts are long, groups had better stay together
+        prompts, groups = [prompt] * 512, [row // 16 for row in range(512)]
+        parts = grpo.micro_batches(range(512), groups, prompts, lengths, 8192)
+        run = sum(len({groups[row] for row in part}) * prompt + len(part) * max(lengths[row] for row in part)
+                  for part in parts)
+        assert run < at_most * (32 * prompt + sum(lengths))
+        together = all(len({groups[row] for row in part}) <= 2 for part in parts)
+        assert together == (prompt > 1)
+
+
+@pytest.mark.parametrize("loss", grpo.LOSSES)
+def test_groups_that_teach_nothing_cost_nothing_and_change_nothing(loss):
+    """Left out before the weights are computed, they would raise the weight of all others."""
+    model = tiny_model(num_hidden_layers=1)
+    r = sampling.sample(model, PROMPTS, 4, seeded(), 6)
+    A = torch.randn(4, 4, generator=seeded(2))
+    A[1:3] = 0  # all failed, or all passed
+    found, wide = downhill(model), downhill(model)
+    start, read = copy.deepcopy(model.state_dict()), []
+    model.embed_tokens.register_forward_hook(lambda module, inputs, output: read.append(inputs[0].numel()))
+    metrics = grpo.update(model, None, found, PROMPTS, r, A, seeded(), loss=loss)
+    assert sum(read) == 2 * 2 + 8 * (r.mask[[0, 3]].sum(2).max() - 1)  # prompts of 2 and 1 tokens; their rows
+    assert metrics["tokens_trained"] == r.lengths[[0, 3]].sum()
+    model.load_state_dict(start)
+    grpo.update(model, copy.deepcopy(model), wide, PROMPTS, r, A, seeded(), loss=loss)  # a KL of weight 0
+    assert (found.gradients[0] - wide.gradients[0]).norm() < 1e-6 * wide.gradients[0].norm()
+    optimizer = grpo.Optimizer(model, 1e-3)
+    metrics = grpo.update(model, None, optimizer, PROMPTS, r, 0 * A, seeded(), loss=loss, minibatches=2)
+    assert metrics["loss"] == metrics["grad_norm"] == metrics["tokens_trained"] == 0
+    assert metrics["ratio"] is None and metrics["skipped_updates"] == 0
 
 
 def backward(model, value):

@@ -102,8 +102,9 @@ def plan(args, L):
     sampling = {"keys and values": max(cached), "rollouts": 16 * P * G * T,
                 "logits, probabilities": arrays * at_once * G * learner.config.vocab_size * 4}
     whole = -(-P // args.minibatches) * G  # rows of a mini-batch
-    slices = micro_batches([i // G for i in range(whole)], [L] * whole, [T] * whole, args.micro_batch_tokens)
-    parts = [((part.stop - 1) // G - part.start // G + 1, part.stop - part.start) for part in slices]
+    groups = [row // G for row in range(whole)]
+    parts = micro_batches(range(whole), groups, [L] * whole, [T] * whole, args.micro_batch_tokens)
+    parts = [(len({groups[row] for row in part}), len(part)) for part in parts]
     largest = max(parts, key=lambda part: part[0] * L + part[1] * T)  # (groups, rows)
     update = update_memory(args, learner, *largest, L) | {"rollouts, what each token leaves": 36 * P * G * T}
 
