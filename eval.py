@@ -12,10 +12,13 @@ import hashlib
 import importlib.util
 import json
 import math
+import os
 import sys
 import time
 from functools import partial
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that spin starve other work
 
 import numpy as np
 import torch

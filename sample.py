@@ -15,7 +15,10 @@ hidden, H query heads, K key/value heads, h head size.
 """
 import argparse
 import itertools
+import os
 from dataclasses import dataclass, fields
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that spin starve other work
 
 import torch
 import torch.nn.functional as F
@@ -185,7 +188,7 @@ def sample(model, prompts, n, generator, max_new_tokens, temperature=1.0, top_k=
         if len(idle) == len(running):
             logits = torch.zeros(R, len(model.head), device=device)
         else:  # [R, V]; idle rows decode too, at a slot that stands still. What they draw is thrown away
-            logits = step(model, token, cache, longest)
+            logits = step(model, token, cache, min(-(-longest // 64) * 64, slots))  # few different shapes
         cache.lengths += running
         if entering:
             seats, end = idle[:len(entering) * G], (P - len(waiting)) * G

@@ -385,6 +385,15 @@ def test_attention_over_a_cache_can_be_fused(dtype, monkeypatch):
     assert len(choices) >= 2 * 9 and 0 not in choices  # 0: the path that no kernel takes
 
 
+def test_decoding_meets_few_shapes(monkeypatch):
+    """Each length that attention reads is a compilation, or a captured graph, of its own."""
+    used, step, model = set(), sampling.decode_step, tiny_model(max_position_embeddings=256)
+    monkeypatch.setattr(sampling, "decode_step", lambda *given: used.add(given[3]) or step(*given))
+    model.stop_ids = ()
+    sampling.sample(model, PROMPTS, 1, seeded(), 150)
+    assert used == {64, 128, 7 + 150}
+
+
 def test_the_host_looks_at_the_device_a_few_times_in_eight_tokens():
     """A look waits for all that a GPU has still to do: one a token, and the GPU idles between tokens."""
     model, looks = tiny_model(), (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero)
@@ -1399,6 +1408,15 @@ def test_defaults_depend_on_whose_model_it_is(family, tmp_path):
         args = training.parse_flags(flags(family, tmp_path / f"{more}", *more))
         run, explore = training.load_run(args, training.open_explorer)
         assert run.learner.compiled == explore.args[0].compiled == bool(more)
+
+
+def test_programs_let_idle_threads_sleep():
+    """OpenMP's threads spin while they wait, and starve whatever else runs: 20 times slower. It is asked once,
+    when torch is imported."""
+    for name in ("train eval sample recipes/family recipes/pool recipes/explorers recipes/rescue recipes/separate "
+                 "recipes/retokenize").split():
+        text = (ROOT / f"{name}.py").read_text()
+        assert 0 < text.find('setdefault("OMP_WAIT_POLICY", "PASSIVE")') < text.find("\nimport torch"), name
 
 
 def test_the_readme_names_what_exists():

@@ -9,9 +9,12 @@ without its variety within a group.
 """
 import argparse
 import copy
+import os
 import sys
 from functools import partial, reduce
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that spin starve other work
 
 import torch
 

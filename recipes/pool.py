@@ -10,10 +10,13 @@ and the file ends with the same bytes. `cat` makes one pool of shards (--shard 3
 import argparse
 import hashlib
 import json
+import os
 import re
 import sys
 from functools import partial
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that spin starve other work
 
 import torch
 from torch.nn.utils.rnn import pad_sequence

@@ -8,10 +8,13 @@ failing. The share that each step logs is what came of it. At share 0 this is pl
 
 Shapes: P prompts a step, G rollouts a prompt.
 """
+import os
 import sys
 import time
 from functools import partial
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that spin starve other work
 
 import torch
 

@@ -6,8 +6,11 @@ The explorer reads each problem as its own tokeniser and chat template put it, a
 anew. The learner computes the log-probs of the new tokens itself, as always. The explorer's log-prob of each
 token is lost: a rollout's is spread evenly, enough to weigh whole rollouts (--off-policy geometric).
 """
+import os
 import sys
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that spin starve other work
 
 import torch
 

@@ -6,10 +6,13 @@ The paper's Algorithm 1 compares all rollouts of a prompt with each other. Here 
 and advantages, and the learner has moved before it writes its own. A source with a single rollout in a group
 has nothing to compare it with, and is left out of that step. At share 0 this is plain GRPO.
 """
+import os
 import sys
 import time
 from functools import partial
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that spin starve other work
 
 import numpy as np
 import torch
