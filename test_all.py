@@ -36,6 +36,7 @@ import reward
 import sample as sampling
 import train as training
 from recipes import family as families
+from recipes import look
 
 ROOT = Path(__file__).parent
 TINY = {"vocab_size": 24, "max_position_embeddings": 64, "hidden_size": 32, "intermediate_size": 48,
@@ -1396,9 +1397,9 @@ def test_the_picture_has_plain_grpo_where_there_is_such_a_run(family, tmp_path, 
     train_here(family, tmp_path / "seed", "--explorer", "none", "--seed", 1)  # another experiment
     train_here(family, tmp_path / "run")
     rewards = lambda lines: [line.get("reward") for line in lines]
-    assert rewards(training.plain_grpo(tmp_path / "run")) == rewards(read_metrics(tmp_path / "grpo"))
+    assert rewards(look.plain_grpo(tmp_path / "run")) == rewards(read_metrics(tmp_path / "grpo"))
     shutil.rmtree(tmp_path / "grpo")
-    assert training.plain_grpo(tmp_path / "run") == []
+    assert look.plain_grpo(tmp_path / "run") == []
 
 
 def test_the_family_is_found_beside_the_code(tmp_path, monkeypatch):

@@ -17,7 +17,6 @@ Shapes: P prompts a step, G rollouts a prompt (one group).
 import argparse
 import copy
 import hashlib
-import importlib
 import importlib.util
 import json
 import os
@@ -40,7 +39,7 @@ from eval import draw_run, evaluate, pass_at_k, powers_of_two, table
 from grpo import LOSSES, OFF_POLICY, Optimizer, group_advantages, update
 from model import Transformer, add_lora, fingerprint, load, pick_device, save
 from reward import TASKS, load_problems, score
-from sample import check_lengths, decode, encode, join, printable, sample
+from sample import check_lengths, decode, encode, join, sample
 
 LEARNER, EXPLORER, MINIBATCH, EVALUATION, ADAPTER = range(5)  # what a random stream is for
 
@@ -233,7 +232,7 @@ class Run:
     eval_problems: list  # [Problem], held out
     hashes: dict         # {"learner": .., "explorer": .., "problems": ..}, of what was loaded
     history: list = field(default_factory=list)  # metrics of each step; step 0 is the base models' evaluation
-    log: object = None   # log(line), of --log
+    log: object = lambda line: None  # of --log
     stopped: int = 0     # the signal that came
 
 
@@ -280,7 +279,9 @@ def load_run(args, open_explorer):
     run = Run(learner, tokenizer, reference, Optimizer(learner, args.lr), problems, prompts, held_out, hashes)
     explore = open_explorer(args, run) if args.explorer != "none" else None
     claim(args, run, out)
-    run.log = open_log(args, last_step(run))
+    if args.log:
+        from recipes.log import open_log
+        run.log = open_log(args, last_step(run))
 
     count = lambda weights: f"{sum(w.numel() for w in weights):,}"
     print(f"learner   {args.learner}: {count(learner.parameters())} parameters, "
@@ -413,13 +414,13 @@ def keep_books(args, run, line, batch, rollouts, scores, advantages, tokens, clo
         file.write(as_json(line))
     run.log(line)
     report(args, run, line, batch)
-    if step == 1:
-        show_rollouts(problems, rollouts, scores, run.tokenizer)
     if last or step == 1 or due(args.eval_every):
-        draw_run(out / "curve.png", run.history, len(run.eval_problems), plain_grpo(out))
+        from recipes import look
+        draw_run(out / "curve.png", run.history, len(run.eval_problems), look.plain_grpo(out))
+        if step == 1:
+            look.show_rollouts(problems, rollouts, scores, run.tokenizer)
         if tokens:
-            from recipes.look import note
-            note(out, step, problems, rollouts, scores, advantages, tokens, run.tokenizer)
+            look.note(out, step, problems, rollouts, scores, advantages, tokens, run.tokenizer)
     if len(run.history) >= 5 and all(past.get("skipped_updates") for past in run.history[-5:]):
         raise FloatingPointError(f"loss or gradient not finite in five steps, up to {step}: try a lower --lr")
     if last or run.stopped or due(args.save_every) and not line["skipped_updates"]:
@@ -465,51 +466,6 @@ def report(args, run, line, batch):
     if len(recent) > 2 and not any(past["groups_informative"] for past in recent[-3:]):
         warn("nothing was learnt in three steps: in every group all rewards were equal. Do the rollouts in "
              f"{args.out}/rollouts.html end with an answer? Are the problems too hard, or too easy?")
-
-
-def show_rollouts(problems, rollouts, scores, tokenizer):
-    """Prints the best and the worst rollout of the first group that has different rewards, if one has."""
-    rewards, texts = scores[..., 0], decode(rollouts, tokenizer)
-    p = int((rewards.amax(1) > rewards.amin(1)).int().argmax())  # [P, G] -> [P] -> its first 1
-    for name, g in (("best", int(rewards[p].argmax())), ("worst", int(rewards[p].argmin()))):
-        who = "explorer" if rollouts.from_explorer[p, g] else "learner"
-        print(f"  {name}: the {who}'s, reward {rewards[p, g]:g}: {printable(texts[p][g])[-500:]}")
-    print(f"  of the question {problems[p].question[:500]!r}, whose answer is {problems[p].answer!r}")
-
-
-def plain_grpo(out):
-    """Metrics of a run beside this one that differs in its explorer alone: it has none. [] if there is no
-    such run, or none that can be read: it is only for the picture."""
-    def experiment(path):  # (all but the explorer, the explorer)
-        settings = json.loads((path / "config.json").read_text())
-        return settings | dict.fromkeys(("explorer", "hash_of_explorer")), settings["explorer"]
-    for path in sorted(out.parent.iterdir()):
-        try:
-            if path != out and experiment(path) == (experiment(out)[0], "none"):
-                return [json.loads(line) for line in open(path / "metrics.jsonl")]
-        except (OSError, ValueError, LookupError):
-            continue
-    return []
-
-
-def open_log(args, step):
-    """log(line): writes a step's metrics to --log. A resumed run goes on in the same place."""
-    numbers = lambda line: {name: x for name, x in line.items() if isinstance(x, (int, float))}
-    if args.log == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
-        writer = SummaryWriter(args.out, purge_step=step + 1)
-
-        def log(line):
-            for name, x in numbers(line).items():
-                writer.add_scalar(name, x, line["step"])
-            writer.flush()
-        return log
-    if args.log:
-        tracker, name = importlib.import_module(args.log), Path(args.out).name  # both have these functions
-        same = {"id": name} if args.log == "wandb" else {}
-        tracker.init(project="s2l-po", name=name, resume="allow", config=vars(args), **same)
-        return lambda line: tracker.log(numbers(line), step=line["step"])
-    return lambda line: None
 
 
 def as_json(line):

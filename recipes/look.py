@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from sample import printable
+from sample import decode, printable
 
 GROUPS = 4  # a step's, those whose ratios went furthest
 SHOWN = "logp_gap", "ratio", "clip_fraction"
@@ -54,7 +54,8 @@ def note(out, step, problems, rollouts, scores, advantages, tokens, tokenizer):
         for g, length in enumerate(rollouts.lengths[p].tolist()):
             values = {name: shades[name][p, g, :length].tolist() for name in SHOWN}
             pieces = [tokenizer.decode([i]) for i in rollouts.ids[p, g, :length].tolist()]
-            group.append({"explorer": bool(rollouts.from_explorer[p, g]), "reward": scores[p, g, 0].item(),
+            who = "explorer" if rollouts.from_explorer[p, g] else "learner"
+            group.append({"who": who, "reward": scores[p, g, 0].item(),
                           "advantage": advantages[p, g].item(), "tokens": pieces, **values})
         groups.append({"question": problems[p].question, "answer": problems[p].answer, "rollouts": group})
     path = Path(out, "rollouts", f"step_{step:06d}.json")
@@ -74,9 +75,8 @@ def token(text, gap, ratio, clipped):
 
 
 def rollout(r):
-    who = "explorer" if r["explorer"] else "learner"
     text = "".join(map(token, r["tokens"], *(r[name] for name in SHOWN)))
-    return (f'<tr><td class="{who}">{who}<td>reward {r["reward"]:g}<td>A = {r["advantage"]:+.2f}'
+    return (f'<tr><td class="{r["who"]}">{r["who"]}<td>reward {r["reward"]:g}<td>A = {r["advantage"]:+.2f}'
             f"<td><pre>{text}</pre>")
 
 
@@ -91,6 +91,30 @@ def write_page(out):
         steps[-1] = steps[-1].replace("<details>", "<details open>", 1)
     said = f"Underlined: clipped. Of each step the {GROUPS} groups whose ratios went furthest."
     Path(out, "rollouts.html").write_text(PAGE % (STYLE, said, "".join(steps)), encoding="utf-8")
+
+
+def show_rollouts(problems, rollouts, scores, tokenizer):
+    """Prints the best and the worst rollout of the first group that has different rewards, if one has."""
+    rewards, texts = scores[..., 0], decode(rollouts, tokenizer)
+    p = int((rewards.amax(1) > rewards.amin(1)).int().argmax())  # [P, G] -> [P] -> its first 1
+    for name, g in (("best", int(rewards[p].argmax())), ("worst", int(rewards[p].argmin()))):
+        who = "explorer" if rollouts.from_explorer[p, g] else "learner"
+        print(f"  {name}: the {who}'s, reward {rewards[p, g]:g}: {printable(texts[p][g])[-500:]}")
+    print(f"  of the question {problems[p].question[:500]!r}, whose answer is {problems[p].answer!r}")
+
+
+def plain_grpo(out):
+    """Metrics of a run beside this one that differs in having no explorer, and in nothing else; or []."""
+    def experiment(path):  # (all but the explorer, the explorer)
+        settings = json.loads((path / "config.json").read_text())
+        return settings | dict.fromkeys(("explorer", "hash_of_explorer")), settings["explorer"]
+    for path in sorted(out.parent.iterdir()):
+        try:
+            if path != out and experiment(path) == (experiment(out)[0], "none"):
+                return [json.loads(line) for line in open(path / "metrics.jsonl")]
+        except (OSError, ValueError, LookupError):
+            continue  # no run, or one that is broken: this is only for a picture
+    return []
 
 
 if __name__ == "__main__":
