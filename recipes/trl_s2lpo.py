@@ -11,7 +11,7 @@ The hook is a private method, whose arguments have changed before; so have those
 `rollout_func`, which would have to call it too. Tokenising, vLLM, evaluation, sharded weights stay TRL's.
 
 What differs from train.py, beside DEFAULTS:
-    advantages    over std + 1e-4, not 1e-6: up to 4e-4 smaller for 16 rewards of 0 and 1
+    advantages    over std + 1e-4, not 1e-6: at most 4e-4 less, if G = 16. dr_grpo: add --scale_rewards none
     mini-batches  are cut between a process's rows, not between groups; `dapo` divides by their mean tokens
     data          in another order; problems that do not fill a last step are left out
     explorer      a model, not a pool, with the learner's stop tokens; a copy in each process
