@@ -180,15 +180,16 @@ def test_an_update_has_the_loss_and_gradient_of_train_py(loss, flags, tmp_path):
 
 
 def test_a_killed_run_goes_on_where_it_was(flags, tmp_path):
-    """Steps counted anew would hand the groups to the explorer once more."""
+    """Steps counted anew would hand the groups to the explorer once more. A checkpoint inside a step would
+    sample in the middle of the next one."""
     def kill(trainer):
-        explore = trainer.explore
+        compute = trainer.compute_loss
 
-        def deadly(*asked):
-            if trainer.state.global_step == M:  # in step 2
+        def deadly(*given, **more):
+            if trainer.state.global_step == M + 1:  # in step 2, with one of its two updates made
                 raise KeyboardInterrupt
-            return explore(*asked)
-        trainer.explore = deadly
+            return compute(*given, **more)
+        trainer.compute_loss = deadly
     _, unbroken = train(flags(tmp_path / "whole"))
     with pytest.raises(KeyboardInterrupt):
         train(flags(tmp_path / "run", "--save-every", 1), kill)
@@ -227,11 +228,11 @@ def test_flags_have_train_pys_names_and_counts_are_checked(flags, tmp_path, monk
     assert (config.num_generations, config.max_completion_length, config.learning_rate) == (G, 6, 1e-3)
     assert (config.beta, config.epsilon_high, args.mix_steps, config.max_steps) == (0.25, 0.3, 2, 4 * M)
     assert config.loss_type == "dr_grpo" and config.lr_scheduler_type == "constant"
-    for processes, more, complaint in (("3", (), "4 prompts do not go into 3 processes"),
-                                       ("1", ("--per_device_train_batch_size", 4), "20 rows into 2 x 4")):
+    for processes, group, complaint in (("3", 6, "4 prompts do not go into 3 processes"),
+                                        ("1", 5, "20 rows into 2 x 4")):
         monkeypatch.setenv("WORLD_SIZE", processes)
         with pytest.raises(SystemExit):
-            recipe.parse_flags(flags(tmp_path, *more))
+            recipe.parse_flags(flags(tmp_path, "--group-size", group, "--per_device_train_batch_size", 4))
         assert complaint in capsys.readouterr().err
 
 
