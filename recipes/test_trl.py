@@ -4,7 +4,9 @@
 """
 import json
 import os
+import re
 import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -234,6 +236,16 @@ def test_flags_have_train_pys_names_and_counts_are_checked(flags, tmp_path, monk
         with pytest.raises(SystemExit):
             recipe.parse_flags(flags(tmp_path, "--group-size", group, "--per_device_train_batch_size", 4))
         assert complaint in capsys.readouterr().err
+
+
+def test_paper_8gpus_flags_are_known(monkeypatch):
+    """TRL renames flags, and nobody here can run that script."""
+    script = Path(__file__).with_name("paper-8gpu.sh").read_text().replace("\\\n", " ")
+    words = shlex.split(re.search(r"trl_s2lpo.py (.*) \"\$@\"", script)[1])
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    args, config = recipe.parse_flags(words)
+    assert (args.mix_steps, args.minibatches, config.max_steps, config.loss_type) == (8, 32, 16 * 32, "dapo")
+    assert config.use_vllm and not config.vllm_importance_sampling_correction and config.delta == 3
 
 
 def test_what_is_missing_or_does_not_fit_is_said_in_one_line(flags, tmp_path, monkeypatch):
