@@ -1,6 +1,6 @@
 """S2L-PO on TRL's GRPOTrainer: past one GPU, with accelerate, FSDP2, DeepSpeed, vLLM and W&B.
 
-    pip install trl==1.16.0        the version this was tested with
+    pip install trl==1.16.0        run with it: 1 and 2 CPU processes, FSDP2. Not run: GPUs, vLLM, DeepSpeed
     python recipes/trl_s2lpo.py --learner LEARNER --explorer EXPLORER --data train.jsonl --out runs/trl
     accelerate launch --config_file recipes/fsdp2.yaml recipes/trl_s2lpo.py ...      on 8 GPUs
 
