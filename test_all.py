@@ -1491,7 +1491,7 @@ def test_the_readme_names_what_exists():
     sources = [p for p in (*ROOT.glob("*.py"), *ROOT.glob("*/*.py")) if not p.name.startswith("test_")]
     flags_of = lambda path: re.findall(r'add\w*\("(--[^"]+)"', path.read_text())
     known = lambda paths: {"--help"}.union(*map(flags_of, paths))
-    for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
+    for link in re.findall(r"\]\((?!https?:|#|\.\./)([^)#]+)", text):
         assert (ROOT / link).exists(), link
     assert {*re.findall(flag, text)} <= known(sources)
     for script, words in re.findall(r"python ((?:\w+/)*\w+\.py)((?:\\\n|[^\n`#|&])*)", text):
