@@ -5,7 +5,7 @@
 
 Early on, many of the learner's own groups fail altogether. An explorer that fails elsewhere supplies
 successes to learn from. Later its rollouts are off-policy and worse than the learner's own, so the share
-falls to 0. From step T_mix on this is plain GRPO.
+falls to 0. From step T_mix on this is plain GRPO (schedules linear and cosine).
 
 T_mix is a guess at how long that takes. The schedule `measured`, which is not the paper's, looks at past
 steps instead.
@@ -20,7 +20,7 @@ SCHEDULES = {
     "cosine": "the same end points along half a cosine: slower to leave, slower to arrive",
     "step": "the explorer alone up to mix-steps, then the learner alone",
     "constant": "explorer-share at every step, to the end",
-    "measured": "what the explorer adds, in ratio to what the learner solves: no T_mix to choose",
+    "measured": "by how many groups only the explorer solves, beside the learner's: no T_mix to choose",
 }
 
 

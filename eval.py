@@ -40,9 +40,9 @@ def pass_at_k(correct, n, k):
 
 
 def evaluate(write, tokenizer, problems, n, generator, thinking=None, score=score):
-    """n rollouts of every problem by write(prompts, n, generator) -> Rollouts. Returns {"answer": [P],
-    "strict": [P]}, the numbers of rollouts whose final answer (whose every step) is right, "truncated" [P]
-    and "tokens" [P], those cut short and their total length, and "texts" [P][n]."""
+    """n rollouts of every problem by write(prompts, n, generator) -> Rollouts. Returns the number of rollouts
+    whose final answer is right, "answer" [P], whose every step is right, "strict" [P], that were cut short,
+    "truncated" [P], their total length, "tokens" [P], and "texts" [P][n]."""
     prompts = [encode(problem.prompt, tokenizer, problem.in_words, thinking) for problem in problems]
     rollouts = write(prompts, n, generator)
     texts = decode(rollouts, tokenizer)
@@ -63,7 +63,8 @@ def math_verify_score(problem, text):
 
 
 def interval(share, count, z=1.96):
-    """Wilson's 95% interval of a share over `count` problems, which several rollouts each only narrow."""
+    """Wilson's 95% interval of a share over `count` problems. With several rollouts a problem it is too wide
+    rather than too narrow."""
     centre = share + z * z / (2 * count)
     spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count ** 2))
     return [(centre + sign * spread) / (1 + z * z / count) for sign in (-1, 1)]

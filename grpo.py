@@ -162,25 +162,30 @@ def micro_batches(rows, groups, prompts, responses, tokens):
     """Splits rows (a list of indices) into parts that run at most so many tokens, padding counted, or hold
     one row. Given are, for each row, its group, prompt length and response length (lists).
 
-    A group's prompt runs once in a part, so groups had better stay together. But rows sorted by length need
-    less padding. What runs fewer tokens is done."""
-    def split(order):
-        parts, runs = [], []
-        for row in order:
-            size = {groups[row]}, prompts[row], responses[row]
-            if parts:
-                wider = whole[0] | size[0], max(whole[1], size[1]), max(whole[2], size[2])
-                run = len(wider[0]) * wider[1] + (len(parts[-1]) + 1) * wider[2]
-            if not parts or run > tokens:
-                parts.append([])
-                runs.append(0)
-                wider, run = size, size[1] + size[2]
-            parts[-1].append(row)
-            runs[-1], whole = run, wider
-        return sum(runs), parts
+    A group's prompt runs once in a part, so its rows had better stay together. But rows sorted by length need
+    less padding. Both orders are tried; the one that runs fewer tokens in all is taken."""
+    def run(size):
+        its_groups, prompt, response, count = size
+        return len(its_groups) * prompt + count * response
 
-    orders = lambda row: (groups[row], responses[row]), lambda row: responses[row]
-    return min(split(sorted(rows, key=order)) for order in orders)[1]
+    def split(order):
+        parts, sizes = [], []  # size: (groups, longest prompt, longest response, rows) of a part
+        for row in order:
+            size = {groups[row]}, prompts[row], responses[row], 1
+            if parts:
+                its_groups, prompt, response, count = sizes[-1]
+                wider = its_groups | size[0], max(prompt, size[1]), max(response, size[2]), count + 1
+            if parts and run(wider) <= tokens:
+                parts[-1].append(row)
+                sizes[-1] = wider
+            else:
+                parts.append([row])
+                sizes.append(size)
+        return parts, sum(map(run, sizes))
+
+    together, by_length = lambda row: (groups[row], responses[row]), lambda row: responses[row]
+    plans = [split(sorted(rows, key=order)) for order in (together, by_length)]
+    return min(plans, key=lambda plan: plan[1])[0]
 
 
 def update(learner, reference, optimizer, prompts, rollouts, advantages, generator, *, loss="grpo",
@@ -188,14 +193,16 @@ def update(learner, reference, optimizer, prompts, rollouts, advantages, generat
            micro_batch_tokens=8192, max_new_tokens=None, temperature=1.0, max_grad_norm=1.0):
     """One GRPO update, of `minibatches` optimiser steps, on a step's rollouts (P prompts, class Rollouts)
     with advantages [P, G]. `reference` is the KL's frozen policy or None. Returns metrics (docs/metrics.md)
-    and what they are means of, {name: [P, G, T]}, 0 where a token was not trained on; logp_gap has a sign."""
+    and each token's ratio, clip_fraction, entropy and logp_gap (trainer's less sampler's), 0 where it was not
+    trained on, {name: [P, G, T]}."""
     P, G, T = rollouts.ids.shape
     ids, mask, sampler_logps, from_explorer, A = (x.flatten(0, 1) for x in (  # [P, G, ...] -> [N, ...]
         rollouts.ids, rollouts.mask, rollouts.logps, rollouts.from_explorer, advantages))
     device = ids.device
     groups = torch.arange(P, device=device).repeat_interleave(G)  # [N] the prompt of each row
     sizes = groups.tolist(), [len(prompts[row // G]) for row in range(P * G)], mask.sum(1).tolist()
-    # Without a KL, A = 0 is a gradient of 0. NaN: a model that broke writes such rows too, and is found out.
+    # Without a KL, A = 0 is a gradient of 0. A model that has become NaN earns equal rewards too, but its
+    # rows run: their loss is NaN, which is counted.
     teaches = (bool(reference) | (A != 0) | sampler_logps.sum(1).isnan()).tolist()
 
     def logprobs(model, rows):
@@ -212,8 +219,8 @@ def update(learner, reference, optimizer, prompts, rollouts, advantages, generat
             logps[rows] = logprobs(model, rows)[0]
         return logps
 
-    # pi_old [N, T] is held fixed while theta moves, or nothing would ever clip. Before a single update it
-    # does not move, and the update's own forward pass gives the same numbers. pi_ref [N, T] never moves.
+    # pi_old [N, T] is held fixed while theta moves, or nothing would ever clip. With only one mini-batch it
+    # is what the update's own forward pass gives. pi_ref [N, T] never moves.
     learner_logps = fixed_logprobs(learner) if minibatches > 1 else None
     ref_logps = fixed_logprobs(reference) if reference else None
 
@@ -277,7 +284,7 @@ class Optimizer:
     def step(self, max_norm, loss=0.0):
         """One update from the accumulated gradients, which it clears. Returns their norm before it is scaled
         down to max_norm. Where that or the loss is not finite, nothing is updated and nan returned."""
-        for master in self.masters:  # nothing to learn is a gradient of 0: AdamW's moments decay
+        for master in self.masters:  # none if no group was informative: AdamW still moves by its moments
             master.grad = torch.zeros_like(master) if master.grad is None else master.grad
         norm = torch.nn.utils.clip_grad_norm_(self.masters, max_norm).item()
         finite = np.isfinite(norm + loss)

@@ -220,8 +220,8 @@ class Transformer(nn.Module):
 
         positions [B, T]: where the tokens stand; 0, 1, 2, .. if not given. past(layer, k, v): takes a layer's
         new keys and values [B, K, T, h] and gives back all that the queries may see [B, K, S, h], and a mask
-        for `attend`. Without it the tokens see each other alone. The sampler's KV cache and a group's prompt
-        in the update are such pasts."""
+        for `attend` where it needs one. Without it the tokens see each other alone. The sampler's KV cache
+        and a group's prompt in the update are such pasts; read_prompts only keeps what comes by."""
         x = self.embed_tokens(ids)
         positions = torch.arange(ids.shape[1], device=ids.device)[None] if positions is None else positions
         cos, sin = rotary(positions[:, None], self.config, x.dtype)  # [B, 1, T, h] each, for all heads
@@ -358,7 +358,7 @@ def directory_of(source):
     files = ["*.json", "*.jinja", "*.txt", "*.model", "model*.safetensors"]
     try:
         return Path(snapshot_download(str(source), allow_patterns=files))
-    except Exception as error:  # of whatever kind the name is wrong or the connection lost by
+    except Exception as error:  # no such name, or no connection: each raises something else
         raise ValueError("neither a directory nor, as far as it can be reached, a name on the hub") from error
 
 

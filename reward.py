@@ -113,7 +113,7 @@ def natural_is_legal(question, text):
     return len(expression) == 1
 
 
-TASKS = {"habit": re.compile("[A-D][a-l]{2}[0-9]{6}="),  # and their questions
+TASKS = {"habit": re.compile("[A-D][a-l]{2}[0-9]{6}="),  # what their questions look like
          "natural": re.compile("[0-9]([-+*][0-9])+=")}
 
 
@@ -155,7 +155,7 @@ def as_problem(record):
     if task not in [*INSTRUCTIONS] or task in TASKS and not TASKS[task].fullmatch(question):
         raise ValueError(f"{question[:40]!r} is no question of a task {task!r} ({', '.join(INSTRUCTIONS)})")
     answer = str(answer).rpartition("####")[2].strip()  # GSM8K's answers end so
-    if answer.count("\\boxed") == 1:  # in several, some solutions hold a part each
+    if answer.count("\\boxed") == 1:  # several boxes may hold a part of the answer each
         answer = (last_boxed(answer) or "").strip()
     if not tidy(answer[:1_000])[1]:  # a bare `$`, `.` or `x=` too
         raise ValueError("the answer is empty")
@@ -187,7 +187,7 @@ def last_boxed(text):
 
 
 def extract_answer(text):
-    """The final answer in a response: the last `\\boxed{}`, else what the last `####` begins, else the last
+    """The final answer in a response: the last `\\boxed{}`, else what follows the last `####`, else the last
     `Answer:`, up to the line's end. None if there is none: a bare number in the text is not an answer."""
     boxed = last_boxed(text)
     if boxed is not None:

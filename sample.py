@@ -111,8 +111,8 @@ class KVCache:
         """Transformer.forward's `past` for one new token a row. Attention reads the first `used` slots, which
         must reach one beyond the longest row."""
         _, R, K, S, h = self.layers[0].shape
-        heads = torch.arange(2 * R * K, device=self.lengths.device).view(2, R, K)
-        write = (heads * S + self.lengths[:, None]).flatten()  # where the new k and v go in [2*R*K*S, h]
+        heads = torch.arange(2 * R * K, device=self.lengths.device).view(2, R, K)  # k or v, row, key head
+        write = (heads * S + self.lengths[:, None]).flatten()  # where their new ones go in [2*R*K*S, h]
         visible = torch.arange(used, device=self.lengths.device) <= self.lengths[:, None]  # [R, used]
         mask = torch.zeros(visible.shape, dtype=self.layers[0].dtype, device=visible.device)
         mask = mask.masked_fill(~visible, -torch.inf)[:, None, None]  # [R, 1, 1, used]
@@ -168,7 +168,7 @@ def sample(model, prompts, n, generator, max_new_tokens, temperature=1.0, top_k=
 
     R, waiting = G * min(P, max(1, rows // G)), prompts  # rows in flight: a group enters as a whole
     slots = max(map(len, prompts)) + T
-    cache = KVCache(model, R, slots + 1)  # one is never read: a slice of all slots would be compiled anew
+    cache = KVCache(model, R, slots + 1)  # the last is never read: for a slice of all, torch compiles again
     active, token = torch.zeros(2, R, dtype=torch.long, device=device)  # each row's rollout and last token
     running = torch.zeros(R, dtype=torch.bool, device=device)
     step = compiled(decode_step) if model.compiled else decode_step

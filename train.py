@@ -80,7 +80,7 @@ def train(args, run, explore):
                                  random(MINIBATCH), **update_settings(args))
         clock.append(time.perf_counter())
 
-        # The books: nothing below touches the method
+        # The books
         keep_books(args, run, {"step": step, "share": share} | metrics, batch, rollouts, scores, advantages,
                    tokens, clock)
         if run.stopped:
@@ -145,7 +145,7 @@ def parse_flags(argv=None):
     add = parser.add_argument_group("update (grpo.py)").add_argument
     add("--lr", type=float, help="AdamW's, constant (8e-4; with --learner 1e-6, with --lora-rank too 1e-5)")
     add("--minibatches", type=int, default=2,
-        help="optimiser steps a step; with 1 only --off-policy behaviour is ever clipped (2)")
+        help="optimiser steps in a step; with 1 nothing is clipped, but by `--off-policy behaviour` (2)")
     add("--micro-batch-tokens", type=int, default=8192, help="run at once: lower it to save memory (8192)")
     add("--checkpoint-layers", action="store_true", help="recompute activations: slower, far less memory")
     add("--lora-rank", type=int, default=0, help="train adapters of this rank, not all weights; 0: off (0)")
@@ -194,7 +194,7 @@ def resolve(args):
     if args.learner and not (args.explorer and args.data):
         raise ValueError("--learner needs --data, and --explorer: a model, a pool, or `none` for plain GRPO")
     defaults = {"out": time.strftime("runs/%Y%m%d-%H%M%S"), "mix_steps": max(1, args.steps // 2)}
-    if args.resume and Path(args.out, "config.json").exists():  # of a longer run too T_mix stays what it was
+    if args.resume and Path(args.out, "config.json").exists():  # if it gets longer, T_mix stays as it was
         before = json.loads(Path(args.out, "config.json").read_text())
         defaults["mix_steps"] = before.get("mix_steps", defaults["mix_steps"])
     if args.learner:
@@ -247,7 +247,7 @@ def past_steps(run):
 def load_run(args, open_explorer):
     """(Run, explore). What was typed is checked before anything is made. ValueError or OSError, one line."""
     out, family = Path(args.out), Path(family_of(args.task))
-    there = [path for path in out.glob("*") if path.suffix != ".partial"]  # but a first write cut short
+    there = [path for path in out.glob("*") if path.suffix != ".partial"]  # which a killed run leaves
     if there and args.resume and not (out / "config.json").exists():
         raise ValueError(f"--resume: {out} holds no run")
     if there and not args.resume:
@@ -265,12 +265,12 @@ def load_run(args, open_explorer):
     problems, prompts = read_problems(args, learner, tokenizer, args.data)
     held_out = read_problems(args, learner, tokenizer, args.eval_data)[0] if args.eval_data else []
     held_out = held_out[:args.eval_problems]
-    if shared := {problem.question for problem in problems} & {problem.question for problem in held_out}:
-        print(f"warning: {len(shared)} held-out questions are in --data too: pass@k there is not held out",
+    if seen := {problem.question for problem in problems} & {problem.question for problem in held_out}:
+        print(f"warning: {len(seen)} held-out questions are in --data too: pass@k there is not held out",
               file=sys.stderr)
     learner.compiled, learner.checkpoint_layers = args.compile, args.checkpoint_layers
     texts = hashlib.sha256(f"{problems}{held_out}".encode()).hexdigest()
-    hashes, reference = {"learner": fingerprint(learner), "problems": texts[:16]}, None
+    hashes, reference = {"learner": fingerprint(learner), "explorer": None, "problems": texts[:16]}, None
     if args.kl_coef:  # the learner before any update; with LoRA its own tensors without the adapters
         shared = {id(weight): weight for weight in learner.parameters()} if args.lora_rank else {}
         reference = copy.deepcopy(learner, shared).requires_grad_(False)
@@ -328,8 +328,8 @@ def open_explorer(args, run):
 
 
 def frozen_model(args, run, explorer):
-    """The usual `explore`. A model that shares the learner's tokeniser also shares its ends: else a base
-    learner would learn an instruct explorer's stop token and not stop at it."""
+    """The usual `explore`. Both models stop at the stop tokens of either. Else a base learner would learn to
+    write an instruct explorer's stop token, and not stop at it."""
     run.hashes["explorer"] = fingerprint(explorer.requires_grad_(False))
     run.learner.stop_ids = explorer.stop_ids = tuple(sorted({*run.learner.stop_ids, *explorer.stop_ids}))
     explorer.compiled = run.learner.compiled
@@ -359,8 +359,9 @@ def claim(args, run, out):
     settings |= {f"hash_of_{name}": value for name, value in run.hashes.items()}
     if (out / "config.json").exists():
         before = json.loads((out / "config.json").read_text())
-        if changed := [name for name in settings if settings[name] != before.get(name)]:
-            changed = [f"{name} {before.get(name)} -> {settings[name]}" for name in changed]
+        known = {"learner", "explorer", "data", "eval_data"}  # by their hashes, wherever they lie
+        if changed := [name for name in settings.keys() - known if settings[name] != before.get(name)]:
+            changed = [f"{name} {before.get(name)} -> {settings[name]}" for name in sorted(changed)]
             raise ValueError(f"{out} began with other settings: {', '.join(changed)}")
         restore(run, out)
     out.mkdir(parents=True, exist_ok=True)

@@ -105,12 +105,12 @@ def show_rollouts(problems, rollouts, scores, tokenizer):
 
 def plain_grpo(out):
     """Metrics of a run beside this one that differs in having no explorer, and in nothing else; or []."""
-    def experiment(path):  # (all but the explorer, the explorer)
+    def experiment(path):  # (all but the explorer, its hash)
         settings = json.loads((path / "config.json").read_text())
-        return settings | dict.fromkeys(("explorer", "hash_of_explorer")), settings["explorer"]
+        return settings | dict.fromkeys(("explorer", "hash_of_explorer")), settings["hash_of_explorer"]
     for path in sorted(out.parent.iterdir()):
         try:
-            if path != out and experiment(path) == (experiment(out)[0], "none"):
+            if path != out and experiment(path) == (experiment(out)[0], None):
                 return [json.loads(line) for line in open(path / "metrics.jsonl")]
         except (OSError, ValueError, LookupError):
             continue  # no run, or one that is broken: this is only for a picture
