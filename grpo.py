@@ -17,6 +17,7 @@ Shapes: P prompts, G rollouts each, N = P*G rows, T response tokens, L prompt to
 """
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from model import fused_logprobs, read_prompts
 
@@ -186,15 +187,15 @@ def update(learner, reference, optimizer, prompts, rollouts, advantages, generat
            off_policy="recompute", clip_low=0.2, clip_high=0.2, kl_coef=0.0, kl_estimator="k3", minibatches=1,
            micro_batch_tokens=8192, max_new_tokens=None, temperature=1.0, max_grad_norm=1.0):
     """One GRPO update, of `minibatches` optimiser steps, on a step's rollouts (P prompts, class Rollouts)
-    with advantages [P, G]. `reference` is the KL's frozen policy or None. Returns metrics
-    (docs/metrics.md)."""
+    with advantages [P, G]. `reference` is the KL's frozen policy or None. Returns metrics (docs/metrics.md)
+    and what they are means of, {name: [P, G, T]}, 0 where a token was not trained on; logp_gap has a sign."""
     P, G, T = rollouts.ids.shape
     ids, mask, sampler_logps, from_explorer, A = (x.flatten(0, 1) for x in (  # [P, G, ...] -> [N, ...]
         rollouts.ids, rollouts.mask, rollouts.logps, rollouts.from_explorer, advantages))
     device = ids.device
     groups = torch.arange(P, device=device).repeat_interleave(G)  # [N] the prompt of each row
     sizes = groups.tolist(), [len(prompts[row // G]) for row in range(P * G)], mask.sum(1).tolist()
-    # Without a KL, A = 0 is a gradient of 0. A model that has become NaN writes such rows too: found out here.
+    # Without a KL, A = 0 is a gradient of 0. NaN: a model that broke writes such rows too, and is found out.
     teaches = (bool(reference) | (A != 0) | sampler_logps.sum(1).isnan()).tolist()
 
     def logprobs(model, rows):
@@ -223,7 +224,8 @@ def update(learner, reference, optimizer, prompts, rollouts, advantages, generat
         minibatch = (chosen[:, None] * G + torch.arange(G, device=device)).flatten()  # whole groups: [P/m*G]
         weights[minibatch] = token_weights(mask[minibatch], loss, max_new_tokens or T)
         loss_sum = kl_sum = 0.0
-        for rows in cut(minibatch.tolist()):
+        parts = cut(minibatch.tolist())
+        for rows in tqdm(parts, "training", unit="part", delay=10, leave=False, disable=None):
             logps, entropies = logprobs(learner, rows)
             before = logps.detach() if learner_logps is None else learner_logps[rows]
             old_logps, importance = off_policy_correction(off_policy, before, sampler_logps[rows],
@@ -236,7 +238,7 @@ def update(learner, reference, optimizer, prompts, rollouts, advantages, generat
             part_loss.backward()
             optimizer.accumulate()
             loss_sum += part_loss.item()
-            gap = (before - sampler_logps[rows]).abs()
+            gap = before - sampler_logps[rows]
             trained[rows], per_token[:, rows] = mask[rows], torch.stack([ratio, clipped, entropies, gap])
         losses.append(loss_sum)
         kls.append(kl_sum)
@@ -246,11 +248,12 @@ def update(learner, reference, optimizer, prompts, rollouts, advantages, generat
                "grad_norm": float(np.mean(grad_norms)), "skipped_updates": int(np.isnan(grad_norms).sum()),
                "tokens_trained": int(trained.sum())}
     sources = {"": torch.ones_like(from_explorer), "_explorer": from_explorer, "_learner": ~from_explorer}
+    per_token = dict(zip(("ratio", "clip_fraction", "entropy", "logp_gap"), per_token))
     for source, which in sources.items():
         tokens = trained & which[:, None]
-        for name, x in zip(("ratio", "clip_fraction", "entropy", "logp_gap"), per_token):
-            metrics[name + source] = x[tokens].mean().item() if tokens.any() else None
-    return metrics
+        for name, x in per_token.items():
+            metrics[name + source] = x[tokens].abs().mean().item() if tokens.any() else None
+    return metrics, {name: (x * trained).unflatten(0, (P, G)) for name, x in per_token.items()}
 
 
 class Optimizer:

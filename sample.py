@@ -22,6 +22,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads tha
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from model import compiled, load, pick_device, project, read_prompts
 
@@ -171,10 +172,12 @@ def sample(model, prompts, n, generator, max_new_tokens, temperature=1.0, top_k=
     active, token = torch.zeros(2, R, dtype=torch.long, device=device)  # each row's rollout and last token
     running = torch.zeros(R, dtype=torch.bool, device=device)
     step = compiled(decode_step) if model.compiled else decode_step
+    bar = tqdm(total=P * G, desc="sampling", unit="rollout", delay=10, leave=False, disable=None)
     for i in itertools.count():
         entering = []
         if i % LOOK_EVERY == 0:
             idle, longest = (~running).nonzero().squeeze(1), int(cache.lengths.max())
+            bar.update(P * G - len(waiting) * G - (len(running) - len(idle)) - bar.n)
             if len(idle) == len(running) and not waiting:
                 break
             if len(idle) >= 0.25 * len(running):  # not at every finish: entering is a prefill, leaving a copy
@@ -208,6 +211,7 @@ def sample(model, prompts, n, generator, max_new_tokens, temperature=1.0, top_k=
         running = running & ~finished[active] & (t < T - 1)
         if presence_penalty:
             seen[active, token] = True
+    bar.close()
     group = [x.unflatten(0, (P, G)) for x in (ids[:, :T], lengths, logps[:, :T], finished)]
     return Rollouts(*group, from_explorer=torch.zeros_like(group[-1]))
 
@@ -234,6 +238,11 @@ def decode(rollouts, tokenizer):
     """[P][G] texts, special tokens left out."""
     return [[tokenizer.decode(ids[:length].tolist(), skip_special_tokens=True) for ids, length in zip(*group)]
             for group in zip(rollouts.ids, rollouts.lengths)]
+
+
+def printable(text):
+    """With what does not print spelled out: a model's escape sequence is no command to the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 def main():
@@ -263,7 +272,7 @@ def main():
     for i, text in enumerate(decode(rollouts, tokenizer)[0]):
         end = "stopped" if rollouts.finished[0, i] else "cut"
         print(f"--- {rollouts.lengths[0, i]} tokens, {end}, log-prob {rollouts.logps[0, i].sum():.2f}")
-        print("".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text))  # no escapes
+        print(printable(text))
 
 
 if __name__ == "__main__":

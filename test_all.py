@@ -36,6 +36,7 @@ import reward
 import sample as sampling
 import train as training
 from recipes import family as families
+from recipes import look
 
 ROOT = Path(__file__).parent
 TINY = {"vocab_size": 24, "max_position_embeddings": 64, "hidden_size": 32, "intermediate_size": 48,
@@ -231,7 +232,7 @@ def test_lora_trains_adapters_alone_and_is_merged_on_save(kind, tmp_path):
         r = sampling.sample(model, generator=seeded(seed), **settings)
         assert torch.allclose(by_row(model, r), r.logps, atol=1e-4)
         A = torch.randn(4, 2, generator=seeded(seed))
-        metrics = grpo.update(model, reference, optimizer, PROMPTS, r, A, seeded(), kl_coef=0.1)
+        metrics, _ = grpo.update(model, reference, optimizer, PROMPTS, r, A, seeded(), kl_coef=0.1)
     assert metrics["kl"] > 1e-4  # the learner has moved; its reference has not, and takes no memory
     assert all(torch.equal(weight, before[name]) for name, weight in reference.state_dict().items())
     assert {p.data_ptr() for p in reference.parameters()} <= memory
@@ -580,7 +581,7 @@ def test_traps_11_12_update_equals_the_plain_loss_in_micro_batches_of_any_size()
         for s.micro_batch_tokens in (1, 40, 10_000):
             learner.load_state_dict(start)
             found = downhill(learner)
-            metrics = grpo.update(learner, reference, found, PROMPTS, r, A, seeded(), **vars(s))
+            metrics, _ = grpo.update(learner, reference, found, PROMPTS, r, A, seeded(), **vars(s))
             assert len(found.gradients) == s.minibatches
             for ours, plain in zip(found.gradients, expected.gradients):
                 assert (ours - plain).norm() < 1e-4 * plain.norm() > 1e-6
@@ -628,14 +629,15 @@ def test_groups_that_teach_nothing_cost_nothing_and_change_nothing(loss):
     found, wide = downhill(model), downhill(model)
     start, read = copy.deepcopy(model.state_dict()), []
     model.embed_tokens.register_forward_hook(lambda module, inputs, output: read.append(inputs[0].numel()))
-    metrics = grpo.update(model, None, found, PROMPTS, r, A, seeded(), loss=loss)
+    metrics, tokens = grpo.update(model, None, found, PROMPTS, r, A, seeded(), loss=loss)
     assert sum(read) == 2 * 2 + 8 * (r.mask[[0, 3]].sum(2).max() - 1)  # prompts of 2 and 1 tokens; their rows
-    assert metrics["tokens_trained"] == r.lengths[[0, 3]].sum()
+    assert metrics["tokens_trained"] == r.lengths[[0, 3]].sum() == (tokens["ratio"] > 0).sum()
+    assert (tokens["entropy"] > 0).flatten(2).any(2).any(1).tolist() == [True, False, False, True]
     model.load_state_dict(start)
     grpo.update(model, copy.deepcopy(model), wide, PROMPTS, r, A, seeded(), loss=loss)  # a KL of weight 0
     assert (found.gradients[0] - wide.gradients[0]).norm() < 1e-6 * wide.gradients[0].norm()
     optimizer = grpo.Optimizer(model, 1e-3)
-    metrics = grpo.update(model, None, optimizer, PROMPTS, r, 0 * A, seeded(), loss=loss, minibatches=2)
+    metrics, _ = grpo.update(model, None, optimizer, PROMPTS, r, 0 * A, seeded(), loss=loss, minibatches=2)
     assert metrics["loss"] == metrics["grad_norm"] == metrics["tokens_trained"] == 0
     assert metrics["ratio"] is None and metrics["skipped_updates"] == 0
 
@@ -1229,10 +1231,10 @@ def resumes(family, unbroken):
 def test_trap_24_resume_equals_never_having_stopped(more, family, tmp_path, monkeypatch, resumes):
     """The optimiser's moments, a random state, the place in the data forgotten: it trains on, differently."""
     def killed_in_step_4(*inputs, **settings):
-        metrics = grpo.update(*inputs, **settings)
+        result = grpo.update(*inputs, **settings)
         if len(read_metrics(out)) == 4:
             raise KeyboardInterrupt  # which nothing below train.main catches
-        return metrics
+        return result
     shutil.copytree(family / "explorer", tmp_path / "explorer")  # an explorer with a stop token of its own
     (tmp_path / "explorer" / "generation_config.json").write_text('{"eos_token_id": [0, 5]}')
     more = ("--explorer", tmp_path / "explorer", "--steps", 5, "--save-every", 2, "--lr", 1e-3, *more)
@@ -1341,6 +1343,70 @@ def test_one_experiment_an_out(family, tmp_path, capsys):
     refused("run", "other settings: hash_of_learner", "--resume")
 
 
+def test_a_run_can_be_made_longer(family, tmp_path):
+    """Half of the new steps as T_mix would be another schedule, whose first steps were never made."""
+    more = ("--lr", 1e-3, "--eval-every", 2)
+    train_here(family, tmp_path / "run", "--steps", 4, *more)
+    _, longer = train_here(family, tmp_path / "run", "--steps", 6, "--resume", *more)
+    _, whole = train_here(family, tmp_path / "whole", "--steps", 6, "--mix-steps", 2, *more)
+    assert longer == whole and [line["share"] for line in longer[1:]] == [1, 0, 0, 0, 0, 0]
+
+
+def test_log_writes_where_it_says_and_goes_on_there(family, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("tensorboard", reason="pip install tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    more = ("--log", "tensorboard", "--eval-every", 2)
+    train_here(family, tmp_path / "run", "--steps", 2, *more)
+    _, lines = train_here(family, tmp_path / "run", "--steps", 4, "--mix-steps", 1, "--resume", *more)
+    events = EventAccumulator(str(tmp_path / "run")).Reload()
+    for name in ("reward", "eval_strict_pass@1", "entropy"):
+        found = [(event.step, event.value) for event in events.Scalars(name)]
+        expected = [(line["step"], pytest.approx(line[name])) for line in lines if line.get(name) is not None]
+        assert found == expected
+    tracker, calls = SimpleNamespace(), []
+    tracker.init = lambda **settings: calls.append(settings)
+    tracker.log = lambda line, step: calls.append((step, line["reward"]))
+    monkeypatch.setitem(sys.modules, "wandb", tracker)
+    monkeypatch.setattr(training.importlib.util, "find_spec", lambda name: name != "trackio" or None)
+    _, lines = train_here(family, tmp_path / "other", "--eval-data", "", "--log", "wandb")
+    assert calls[0]["resume"] == "allow" and calls[0]["id"] == calls[0]["name"] == "other"
+    assert calls[1:] == [(line["step"], line["reward"]) for line in lines]
+    code, _, error = main_here(capsys, flags(family, tmp_path / "third", "--log", "trackio"))
+    assert code == 2 and "--log trackio: pip install trackio" in error
+
+
+def test_a_run_shows_its_rollouts_and_says_when_nothing_can_be_learnt(family, tmp_path, capsys):
+    """A run without a gradient ends like a success: the cause is in the texts, which nobody has seen."""
+    train_here(family, tmp_path / "run", "--eval-data", "")
+    said = capsys.readouterr()
+    best, worst = r"\n  best: the explorer's, reward 1: .*", r"\n  worst: the explorer's, reward 0: "
+    assert re.search(f"step   1/4.*{best}{worst}", said.out)
+    assert "nothing was learnt" not in said.err
+    assert {path.name for path in (tmp_path / "run" / "rollouts").iterdir()} == {
+        "step_000001.json", "step_000004.json"}
+    hopeless = [reward.Problem(f"{i}+{i}=", "x", "natural") for i in range(8)]
+    reward.save_problems(hopeless, tmp_path / "hopeless")
+    train_here(family, tmp_path / "vain", "--data", tmp_path / "hopeless", "--eval-data", "")
+    assert capsys.readouterr().err.count("warning: nothing was learnt in three steps") == 2  # after 3 and 4
+
+
+def test_the_picture_has_plain_grpo_where_there_is_such_a_run(family, tmp_path, monkeypatch):
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text('{"explorer": ')
+    train_here(family, tmp_path / "grpo", "--explorer", "none")
+    train_here(family, tmp_path / "seed", "--explorer", "none", "--seed", 1)  # another experiment
+    train_here(family, tmp_path / "run")
+    rewards = lambda lines: [line.get("reward") for line in lines]
+    assert rewards(look.plain_grpo(tmp_path / "run")) == rewards(read_metrics(tmp_path / "grpo"))
+    shutil.rmtree(tmp_path / "grpo")
+    assert look.plain_grpo(tmp_path / "run") == []
+
+
+def test_the_family_is_found_beside_the_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert Path(training.parse_flags([]).learner).resolve() == ROOT / "runs" / "family-habit" / "learner"
+
+
 def test_a_resumed_run_knows_that_its_problems_were_replaced(family, tmp_path, capsys):
     data = Path(shutil.copy(family / "train.jsonl", tmp_path / "data.jsonl"))
     more = ("--data", data, "--steps", 2, "--eval-data", "")
@@ -1356,7 +1422,7 @@ def test_what_is_left_out_or_amiss_with_the_problems_is_said(family, tmp_path, c
     reward.save_problems([*problems, problems[3], reward.Problem("1+1" * 42 + "=", "2")], tmp_path / "data")
     code, said, error = main_here(capsys, flags(family, tmp_path / "run", "--data", tmp_path / "data",
                                                 "--eval-data", family / "train.jsonl", "--steps", 1))
-    assert code == 0 and f"1 of {len(problems) + 1} problems left out: too long for the context of 128" in said
+    assert code == 0 and f"1 of {len(problems) + 1} problems left out: too long for the context of" in said
     assert f"1 of {len(problems) + 2} problems left out: they came again" in said
     assert "warning: 8 held-out questions are in --data too" in error
 
@@ -1411,10 +1477,10 @@ def test_defaults_depend_on_whose_model_it_is(family, tmp_path):
 
 
 def test_programs_let_idle_threads_sleep():
-    """OpenMP's threads spin while they wait, and starve whatever else runs: 20 times slower. It is asked once,
-    when torch is imported."""
-    for name in ("train eval sample recipes/family recipes/pool recipes/explorers recipes/rescue recipes/separate "
-                 "recipes/retokenize").split():
+    """OpenMP's threads spin while they wait, and starve whatever else runs: 20 times slower. The variable is
+    read once, when torch is imported."""
+    for name in ("train eval sample recipes/family recipes/pool recipes/explorers recipes/rescue "
+                 "recipes/separate recipes/retokenize").split():
         text = (ROOT / f"{name}.py").read_text()
         assert 0 < text.find('setdefault("OMP_WAIT_POLICY", "PASSIVE")') < text.find("\nimport torch"), name
 
@@ -1425,7 +1491,7 @@ def test_the_readme_names_what_exists():
     sources = [p for p in (*ROOT.glob("*.py"), *ROOT.glob("*/*.py")) if not p.name.startswith("test_")]
     flags_of = lambda path: re.findall(r'add\w*\("(--[^"]+)"', path.read_text())
     known = lambda paths: {"--help"}.union(*map(flags_of, paths))
-    for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
+    for link in re.findall(r"\]\((?!https?:|#|\.\./)([^)#]+)", text):
         assert (ROOT / link).exists(), link
     assert {*re.findall(flag, text)} <= known(sources)
     for script, words in re.findall(r"python ((?:\w+/)*\w+\.py)((?:\\\n|[^\n`#|&])*)", text):

@@ -17,6 +17,7 @@ Shapes: P prompts a step, G rollouts a prompt (one group).
 import argparse
 import copy
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -70,18 +71,18 @@ def train(args, run, explore):
         clock.append(time.perf_counter())
 
         # 3. Rewards (a score is reward, strict, answer)  4. Advantages, over the combined group
-        texts = decode(rollouts, run.tokenizer)                                      # [P][G]
-        scores = score_all(problems, texts).to(rollouts.ids.device)                  # [P, G, 3]
+        scores = score_all(problems, decode(rollouts, run.tokenizer)).to(rollouts.ids.device)  # [P, G, 3]
         advantages = group_advantages(scores[..., 0], scale=args.loss != "dr_grpo")  # [P, G]
         clock.append(time.perf_counter())
 
         # 5. theta <- GRPO update
-        metrics = update(run.learner, run.reference, run.optimizer, prompts, rollouts, advantages,
-                         random(MINIBATCH), **update_settings(args))
+        metrics, tokens = update(run.learner, run.reference, run.optimizer, prompts, rollouts, advantages,
+                                 random(MINIBATCH), **update_settings(args))
         clock.append(time.perf_counter())
 
         # The books: nothing below touches the method
-        keep_books(args, run, {"step": step, "share": share} | metrics, batch, rollouts, texts, scores, clock)
+        keep_books(args, run, {"step": step, "share": share} | metrics, batch, rollouts, scores, advantages,
+                   tokens, clock)
         if run.stopped:
             break
 
@@ -133,7 +134,7 @@ def parse_flags(argv=None):
     add("--mix-steps", type=int, help="T_mix: linear and cosine reach 0 there (half of --steps)")
     add("--explorer-share", type=float, default=0.5, help="the share of --schedule constant (0.5)")
     add = parser.add_argument_group("rollouts (sample.py)").add_argument
-    add("--steps", type=int, default=40, help="T, steps in all (40)")
+    add("--steps", type=int, default=40, help="T, steps in all; a resumed run may be given more (40)")
     add("--prompts-per-step", type=int, default=16, help="P (16)")
     add("--group-size", type=int, default=16, help="G, rollouts per prompt (16)")
     add("--max-new-tokens", type=int, help="longest response (16; with --learner 512)")
@@ -165,6 +166,7 @@ def parse_flags(argv=None):
     add("--device", default="auto", help="auto: cuda, then mps, then cpu")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights; masters are float32")
     add("--compile", action="store_true", help="costs a minute and pays from some 5 million tokens on")
+    add("--log", choices=("tensorboard", "wandb", "trackio"), help="where metrics go besides metrics.jsonl")
     add("--out", help="directory of the run, new or empty (runs/ and the time)")
     args = parser.parse_args(argv)
     try:
@@ -185,16 +187,21 @@ RANGES = {  # flag: (least, most); NaN lies in none
 
 def resolve(args):
     """Fills in defaults that depend on other flags. ValueError, one line, for flags that make no sense."""
-    family = f"runs/family-{args.task}"
     if args.resume and not args.out:
         raise ValueError("--resume needs --out: the directory of the run to continue")
+    if args.log and not importlib.util.find_spec(args.log):
+        raise ValueError(f"--log {args.log}: pip install {args.log}")
     if args.learner and not (args.explorer and args.data):
         raise ValueError("--learner needs --data, and --explorer: a model, a pool, or `none` for plain GRPO")
     defaults = {"out": time.strftime("runs/%Y%m%d-%H%M%S"), "mix_steps": max(1, args.steps // 2)}
+    if args.resume and Path(args.out, "config.json").exists():  # of a longer run too T_mix stays what it was
+        before = json.loads(Path(args.out, "config.json").read_text())
+        defaults["mix_steps"] = before.get("mix_steps", defaults["mix_steps"])
     if args.learner:
         lr = 1e-5 if args.lora_rank else 1e-6
         defaults |= {"lr": lr, "max_new_tokens": 512, "eval_problems": 64, "eval_n": 4}
     else:
+        family = family_of(args.task)
         defaults |= {"lr": 8e-4, "max_new_tokens": 16, "eval_problems": 256, "eval_n": 32,
                      "learner": f"{family}/learner", "explorer": f"{family}/explorer",
                      "data": f"{family}/train.jsonl", "eval_data": f"{family}/heldout.jsonl"}
@@ -204,6 +211,11 @@ def resolve(args):
     for name, (least, most) in ranges.items():
         if not least <= (value := getattr(args, name)) <= most:
             raise ValueError(f"--{name.replace('_', '-')} {value}: not between {least:g} and {most:g}")
+
+
+def family_of(task):
+    """Directory of a laptop family: beside the code, wherever the run is started."""
+    return os.path.relpath(Path(__file__).parent / "runs" / f"family-{task}")
 
 
 # ---- loading -----------------------------------------------------------------------------------------------
@@ -220,6 +232,7 @@ class Run:
     eval_problems: list  # [Problem], held out
     hashes: dict         # {"learner": .., "explorer": .., "problems": ..}, of what was loaded
     history: list = field(default_factory=list)  # metrics of each step; step 0 is the base models' evaluation
+    log: object = lambda line: None  # of --log
     stopped: int = 0     # the signal that came
 
 
@@ -233,14 +246,14 @@ def past_steps(run):
 
 def load_run(args, open_explorer):
     """(Run, explore). What was typed is checked before anything is made. ValueError or OSError, one line."""
-    out, family = Path(args.out), Path(f"runs/family-{args.task}")
+    out, family = Path(args.out), Path(family_of(args.task))
     there = [path for path in out.glob("*") if path.suffix != ".partial"]  # but a first write cut short
     if there and args.resume and not (out / "config.json").exists():
         raise ValueError(f"--resume: {out} holds no run")
     if there and not args.resume:
         raise ValueError(f"{out} is there already: --resume continues a run, another --out begins one")
     device, dtype = pick_device(args.device), getattr(torch, args.dtype)
-    if args.learner == f"{family}/learner" and not family.exists():
+    if Path(args.learner) == family / "learner" and not family.exists():
         for path in (args.data, args.eval_data):
             if Path(path).parent != family:
                 load_problems(path)
@@ -266,6 +279,9 @@ def load_run(args, open_explorer):
     run = Run(learner, tokenizer, reference, Optimizer(learner, args.lr), problems, prompts, held_out, hashes)
     explore = open_explorer(args, run) if args.explorer != "none" else None
     claim(args, run, out)
+    if args.log:
+        from recipes.log import open_log
+        run.log = open_log(args, last_step(run))
 
     count = lambda weights: f"{sum(w.numel() for w in weights):,}"
     print(f"learner   {args.learner}: {count(learner.parameters())} parameters, "
@@ -274,7 +290,8 @@ def load_run(args, open_explorer):
           f"a step    {args.prompts_per_step} prompts x {args.group_size} rollouts of up to "
           f"{args.max_new_tokens} tokens, {args.minibatches} mini-batches\n"
           f"problems  {len(problems)} to train on, {len(held_out)} held out; first prompt and its answer:\n"
-          f"          {tokenizer.decode(prompts[0])!r}, {problems[0].answer!r}")
+          f"          {tokenizer.decode(prompts[0])!r}, {problems[0].answer!r}\n"
+          "The loss stays near 0, and that is right: watch the reward.")
     return run, explore
 
 
@@ -322,7 +339,7 @@ def frozen_model(args, run, explorer):
 
 # ---- survival: whole checkpoints, found again --------------------------------------------------------------
 
-FREE = {"resume", "out", "device", "compile", "eval_every", "save_every", "rollout_rows",
+FREE = {"resume", "out", "log", "steps", "device", "compile", "eval_every", "save_every", "rollout_rows",
         "micro_batch_tokens", "checkpoint_layers"}  # a resumed run may change them
 
 
@@ -383,47 +400,72 @@ def restore(run, out):
 
 # ---- the books ---------------------------------------------------------------------------------------------
 
-def keep_books(args, run, line, batch, rollouts, texts, scores, clock):
-    """After a step: measures (docs/metrics.md explains each metric), evaluates, writes and saves where it is
-    time to, warns of what is amiss. `line`: the step, its share, and update's metrics."""
-    step, out, explorer = line["step"], Path(args.out), rollouts.from_explorer
-    rewards, right, answers = scores[..., 0], scores[..., 1] > 0, scores[..., 2]  # [P, G] each
-    by_learner = (right & ~explorer).any(1)  # [P, G] -> [P] the learner solved it
-    mean = lambda x: x.float().mean().item() if x.numel() else None
-    sampling, scoring, training = np.diff(clock).tolist()
-    line |= {"rollouts_explorer": int(explorer.sum()), "rollouts_learner": int((~explorer).sum()),
-             "reward": mean(rewards), "reward_explorer": mean(rewards[explorer]),
-             "reward_learner": mean(rewards[~explorer]), "reward_answer": mean(answers),
-             "groups_all_fail": mean(~right.any(1)), "groups_all_pass": mean(right.all(1)),
-             "groups_learner": mean(by_learner), "groups_explorer_only": mean(right.any(1) & ~by_learner),
-             "length": mean(rollouts.lengths), "length_explorer": mean(rollouts.lengths[explorer]),
-             "length_learner": mean(rollouts.lengths[~explorer]), "truncated": mean(~rollouts.finished),
-             "seconds_sampling": sampling, "seconds_scoring": scoring, "seconds_training": training,
-             "tokens_per_second": rollouts.lengths.sum().item() / sampling}
+def keep_books(args, run, line, batch, rollouts, scores, advantages, tokens, clock):
+    """After a step: measures, reports, evaluates, writes and saves where it is time to. `line`: the step, its
+    share, and update's metrics; `tokens`: update's other value."""
+    step, out, problems = line["step"], Path(args.out), [run.problems[i] for i in batch]
+    line |= measure(rollouts, scores, clock)
     run.history.append(line)
     last = step == args.steps
-    if run.eval_problems and (last or (args.eval_every and step % args.eval_every == 0)):
+    due = lambda every: every and step % every == 0
+    if run.eval_problems and (last or due(args.eval_every)):
         line |= evaluate_model(args, run, learner_of(args, run))
-        group = zip(explorer[0].tolist(), rewards[0].tolist(), texts[0])
-        group = [f"{'explorer' if who else 'learner'}, reward {r:g}: {text}" for who, r, text in group]
-        text = "\n".join([run.problems[batch[0]].question, "", *group])
-        (out / "rollouts" / f"step_{step}.txt").write_text(text, encoding="utf-8")
     with open(out / "metrics.jsonl", "a") as file:
         file.write(as_json(line))
+    run.log(line)
+    report(args, run, line, batch)
+    if last or step == 1 or due(args.eval_every):
+        from recipes import look
+        draw_run(out / "curve.png", run.history, len(run.eval_problems), look.plain_grpo(out))
+        if step == 1:
+            look.show_rollouts(problems, rollouts, scores, run.tokenizer)
+        if tokens:
+            look.note(out, step, problems, rollouts, scores, advantages, tokens, run.tokenizer)
+    if len(run.history) >= 5 and all(past.get("skipped_updates") for past in run.history[-5:]):
+        raise FloatingPointError(f"loss or gradient not finite in five steps, up to {step}: try a lower --lr")
+    if last or run.stopped or due(args.save_every) and not line["skipped_updates"]:
+        save_checkpoint(run, out)
+
+
+def measure(rollouts, scores, clock):
+    """Metrics of a step's rollouts [P, G] and scores [P, G, 3], which docs/metrics.md explains, and of its
+    phases: clock has the times at their ends."""
+    explorer, rewards, right = rollouts.from_explorer, scores[..., 0], scores[..., 1] > 0  # [P, G] each
+    by_learner = (right & ~explorer).any(1)  # [P, G] -> [P] the learner solved it
+    mean = lambda x: x.float().mean().item() if x.numel() else None
+    seconds = dict(zip(("seconds_sampling", "seconds_scoring", "seconds_training"), np.diff(clock).tolist()))
+    return seconds | {
+        "rollouts_explorer": int(explorer.sum()), "rollouts_learner": int((~explorer).sum()),
+        "reward": mean(rewards), "reward_explorer": mean(rewards[explorer]),
+        "reward_learner": mean(rewards[~explorer]), "reward_answer": mean(scores[..., 2]),
+        "groups_all_fail": mean(~right.any(1)), "groups_all_pass": mean(right.all(1)),
+        "groups_informative": mean(rewards.amax(1) > rewards.amin(1)),
+        "groups_learner": mean(by_learner), "groups_explorer_only": mean(right.any(1) & ~by_learner),
+        "length": mean(rollouts.lengths), "length_explorer": mean(rollouts.lengths[explorer]),
+        "length_learner": mean(rollouts.lengths[~explorer]), "truncated": mean(~rollouts.finished),
+        "tokens_per_second": rollouts.lengths.sum().item() / seconds["seconds_sampling"]}
+
+
+def report(args, run, line, batch):
+    """Prints a step's line, and warnings."""
+    step, recent = line["step"], past_steps(run)[-5:]
+    phases = "seconds_sampling", "seconds_scoring", "seconds_training"
+    seconds = [sum(past[phase] for phase in phases) for past in recent]
+    left = (args.steps - step) * np.mean(seconds)
+    left = f"{left:.0f} s" if left < 100 else f"{left / 60:.0f} min"
+    by = [f"{who} {line[f'reward_{who}']:.3f}" for who in ("explorer", "learner") if line[f"rollouts_{who}"]]
     held_out = f"   held out {line['eval_strict_pass@1']:.3f}" if "eval_curve" in line else ""
-    print(f"step {step:3d}/{args.steps}   reward {line['reward']:.3f}   explorer {line['share']:4.0%}   "
-          f"{clock[-1] - clock[0]:5.1f} s{held_out}", flush=True)
+    print(f"step {step:3d}/{args.steps}   explorer {line['share']:4.0%}   reward {line['reward']:.3f} "
+          f"({', '.join(by)})   {seconds[-1]:.1f} s, {left} left{held_out}", flush=True)
     warn = partial(print, "warning:", file=sys.stderr)
     if line["truncated"] > 0.5:
         warn(f"{line['truncated']:.0%} of the rollouts were cut at --max-new-tokens {args.max_new_tokens}, "
              "perhaps before an answer")
     if line["skipped_updates"]:
         warn(f"{line['skipped_updates']} updates skipped, loss or gradient not finite; problems {batch}")
-    if len(run.history) >= 5 and all(past.get("skipped_updates") for past in run.history[-5:]):
-        raise FloatingPointError(f"loss or gradient not finite in five steps, up to {step}: try a lower --lr")
-    due = args.save_every and step % args.save_every == 0 and not line["skipped_updates"]
-    if due or last or run.stopped:
-        save_checkpoint(run, out)
+    if len(recent) > 2 and not any(past["groups_informative"] for past in recent[-3:]):
+        warn("nothing was learnt in three steps: in every group all rewards were equal. Do the rollouts in "
+             f"{args.out}/rollouts.html end with an answer? Are the problems too hard, or too easy?")
 
 
 def as_json(line):
@@ -457,6 +499,7 @@ def evaluate_base_models(args, run, explore):
         curves["explorer"] = line["explorer_curve"] = evaluate_model(args, run, explore)["eval_curve"]
     print(table(powers_of_two(args.eval_n), curves), flush=True)
     run.history.append(line)
+    run.log(line)
     (Path(args.out) / "metrics.jsonl").write_text(as_json(line))
 
 
@@ -464,7 +507,6 @@ def finish(args, run):
     """Saves the learner, draws the picture, says what came out."""
     out, evals = Path(args.out), [line for line in run.history if "eval_pass@1" in line]
     save(run.learner, run.tokenizer, out / "learner")
-    draw_run(out / "curve.png", run.history)
     if len(evals) > 1:
         print(f"\n{'held out':16}{'before':>10}{'step ' + str(evals[-1]['step']):>10}")
         for key in (key for key in evals[-1] if "pass@" in key):

@@ -1,13 +1,21 @@
-"""What the explorer saves: rollout time and FLOPs of S2L-PO against plain GRPO, over a whole run's schedule.
+"""What the explorer saves: rollout time and FLOPs of S2L-PO against plain GRPO over a whole run's schedule,
+and whole steps of the laptop run.
 
-    python bench/explorer.py
+    python bench/explorer.py        makes the laptop family in runs/ first if it is missing
 
 T_mix is half of the steps, as in the paper's best runs and train.py's default. Both methods write the same
-number of rollouts of the same length. Random weights; one pair has the laptop family's sizes, the other the
-paper's ratio.
+number of rollouts of the same length. One pair has the laptop family's sizes, the other the paper's ratio;
+weights are random but in the laptop run.
 """
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
 import torch
-from common import TINY, config_of, interleaved, machine, report, target
+from common import TINY, config_of, interleaved, laptop_family, machine, report, target
 
 import model as models
 from anneal import explorer_share, split_group
@@ -47,12 +55,33 @@ def run(label, learner, explorer, P, T):
     print(f"\n{label}: {size[1]:,} parameters explore for {size[0]:,}, and write "
           f"{sum(n for n, _ in split) / (STEPS * G):.0%} of {STEPS} x {P} x {G} rollouts of {T} tokens\n"
           f"  rollouts of a run   GRPO {alone:.1f} s   S2L-PO {mixed:.1f} s   FLOPs {of_flops:.2f} of GRPO's")
-    target(f"{label}_rollout_seconds_of_grpo", mixed / alone, 0.8)
     target(f"{label}_rollout_flops_of_grpo", of_flops, 0.8)
+
+
+def laptop_steps():
+    """Seconds of all steps of `python train.py`, with and without its explorer, evaluations left out. A step
+    gets cheaper too as more groups pass altogether, which are not trained on."""
+    laptop_family()
+    seconds = {"linear": [], "none": []}
+    for _ in range(2):
+        for name, runs in seconds.items():
+            with tempfile.TemporaryDirectory() as out:
+                more = ["--explorer", "none"] if name == "none" else []
+                command = [sys.executable, "train.py", "--out", f"{out}/run", "--eval-problems", "1",
+                           "--eval-n", "2", "--eval-every", "0", "--save-every", "0", *more]
+                root = Path(__file__).resolve().parent.parent
+                subprocess.run(command, check=True, capture_output=True, cwd=root)
+                steps = map(json.loads, Path(out, "run", "metrics.jsonl").read_text().splitlines()[1:])
+                runs.append(sum(step[f"seconds_{what}"] for step in steps
+                                for what in ("sampling", "scoring", "training")))
+    mixed, alone = (statistics.mean(runs) for runs in seconds.values())
+    print(f"\nlaptop run, 40 whole steps: GRPO {alone:.1f} s, S2L-PO {mixed:.1f} s")
+    target("laptop_step_seconds_of_grpo", mixed / alone, 1.1)
 
 
 if __name__ == "__main__":
     print(machine())
     run("laptop_family", *HABIT, P=16, T=16)
     run("one_fifth", *PAPER, P=8, T=48)
+    laptop_steps()
     report()

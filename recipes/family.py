@@ -27,8 +27,8 @@ import reward
 from reward import HABIT_OPERATOR, OPERATIONS, Problem, habit_solution, reduce_at
 from model import pick_device
 
-# Width, layers. Sizes with a true pass@k crossover: the learner is large enough to memorise the writers'
-# habits, the explorer too small for that and just large enough to execute what it writes.
+# Width, layers. The learner is large enough to memorise the writers' habits, the explorer too small for that
+# and just large enough to execute what it writes. On `habit` pass@k crosses over, on `natural` it does not.
 SIZES = {"habit": {"explorer": (32, 2), "learner": (64, 3)},
          "natural": {"explorer": (48, 2), "learner": (96, 3)}}
 CORPUS = {"habit": (12_000, 10), "natural": (10_000, 13)}  # worked solutions, epochs

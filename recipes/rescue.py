@@ -52,15 +52,15 @@ def rescue(args, run, explore):
             rollouts.from_explorer = from_explorer  # join marks its first part, here the learner's
         clock.append(time.perf_counter())
 
-        texts = decode(rollouts, run.tokenizer)
-        scores = score_all(problems, texts).to(rollouts.ids.device)
+        scores = score_all(problems, decode(rollouts, run.tokenizer)).to(rollouts.ids.device)
         advantages = group_advantages(scores[..., 0], scale=args.loss != "dr_grpo")
         clock.append(time.perf_counter())
-        metrics = update(run.learner, run.reference, run.optimizer, prompts, rollouts, advantages,
-                         random(MINIBATCH), **update_settings(args))
+        metrics, tokens = update(run.learner, run.reference, run.optimizer, prompts, rollouts, advantages,
+                                 random(MINIBATCH), **update_settings(args))
         clock.append(time.perf_counter())
         share = rollouts.from_explorer.float().mean().item()
-        keep_books(args, run, {"step": step, "share": share} | metrics, batch, rollouts, texts, scores, clock)
+        keep_books(args, run, {"step": step, "share": share} | metrics, batch, rollouts, scores, advantages,
+                   tokens, clock)
         if run.stopped:
             break
 

@@ -45,25 +45,24 @@ def separate(args, run, explore):
             rollouts = write(prompts, n, random(purpose))
             rollouts = join(rollouts, None) if write is explore else join(None, rollouts)  # marks whose
             clock.append(time.perf_counter())
-            texts = decode(rollouts, run.tokenizer)
-            scores = score_all(problems, texts).to(rollouts.ids.device)
+            scores = score_all(problems, decode(rollouts, run.tokenizer)).to(rollouts.ids.device)
             advantages = group_advantages(scores[..., 0], scale=args.loss != "dr_grpo")
             clock.append(time.perf_counter())
-            metrics = update(run.learner, run.reference, run.optimizer, prompts, rollouts, advantages,
-                             random(MINIBATCH), **update_settings(args))
+            metrics, _ = update(run.learner, run.reference, run.optimizer, prompts, rollouts, advantages,
+                                random(MINIBATCH), **update_settings(args))
             clock.append(time.perf_counter())
-            parts.append((rollouts, texts, scores, metrics))
+            parts.append((rollouts, scores, metrics))
             seconds += np.diff(clock)
 
         # One line for both: the means of their metrics, and all skipped updates
         rollouts = join(*(part and part[0] for part in parts))
-        _, texts, scores, metrics = zip(*filter(None, parts))
+        _, scores, metrics = zip(*filter(None, parts))
         both = {name: [part[name] for part in metrics if part[name] is not None] for name in metrics[0]}
         line = {"step": step, "share": share}
         line |= {name: sum(values) / len(values) if values else None for name, values in both.items()}
         line["skipped_updates"] = sum(both["skipped_updates"])
-        texts = [sum(groups, []) for groups in zip(*texts)]  # [P][G]
-        keep_books(args, run, line, batch, rollouts, texts, torch.cat(scores, 1), np.cumsum([0, *seconds]))
+        scores, clock = torch.cat(scores, 1), np.cumsum([0, *seconds])
+        keep_books(args, run, line, batch, rollouts, scores, None, None, clock)
         if run.stopped:
             break
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from functools import partial
+from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,7 +22,7 @@ import model as models
 import reward
 import sample as sampling
 import train as training
-from recipes import data, explorers, internlm2, overnight, pool, retokenize
+from recipes import data, explorers, internlm2, look, overnight, pool, retokenize
 from recipes import rescue as rescuing
 from recipes import separate as separating
 from test_all import ROOT, family, flags, hf_pair, read_metrics, seeded, tiny_model, weights  # noqa: F401
@@ -62,7 +63,7 @@ def test_training_from_a_pool_equals_live_sampling_of_the_same_rollouts(family, 
         with pytest.raises(ValueError, match=f"lacks {lacking}, .* --model EXPLORER .* --n 4"):
             run_here(family, tmp_path / "short", *more, "--explorer", path, "--prompts-per-step", prompts)
     path.write_text("".join(lines[1:] + lines[:1]))
-    with pytest.raises(ValueError, match="began with other settings: hash_of_explorer"):  # it would draw others
+    with pytest.raises(ValueError, match="other settings: hash_of_explorer"):  # it would draw others
         run_here(family, tmp_path / "run", *more, "--explorer", path, "--resume")
 
 
@@ -294,13 +295,59 @@ def test_rescue_puts_the_explorer_only_where_the_learner_failed(family, tmp_path
     assert mixed
 
 
+class Texts(HTMLParser):
+    """What a browser shows in a page's <pre>, and the tags that it meets."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.texts, self.inside = set(), [], False
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        self.inside |= tag == "pre"
+        self.texts += [""] * (tag == "pre")
+
+    def handle_endtag(self, tag):
+        self.inside &= tag != "pre"
+
+    def handle_data(self, data):
+        if self.inside:
+            self.texts[-1] += data
+
+
+def test_the_page_of_rollouts_shows_whatever_was_written_and_runs_none_of_it(tmp_path):
+    """A model's text is the least trusted input there is, and a page is where it would be run."""
+    hostile = ["<script>alert(1)</script>", "</pre></main><img src=x onerror=alert(1)>", "\x1b[2J\x07",
+               "&lt;", "a" * 10 ** 5]
+    tokenizer = SimpleNamespace(decode=lambda ids: hostile[ids[0]])
+    ids = torch.tensor([[[0, 1, 2], [3, 4, 0]]] * 2)  # [P, G, T]
+    lengths = torch.tensor([[3, 2]] * 2)
+    written = sampling.Rollouts(ids, lengths, torch.zeros(2, 2, 3), lengths > 0, lengths > 2)
+    ratio = torch.tensor([[[1.0, 1.0, 0.0], [1.0, 1.0, 0.0]], [[1.3, 0.5, 1.0], [torch.nan, 1.0, 1.0]]])
+    tokens = {"ratio": ratio, "clip_fraction": (ratio > 1.2).float(), "logp_gap": ratio - 1}
+    problems = [reward.Problem("<b>1</b>", "1"), reward.Problem("2", "<i>2")]
+    (tmp_path / "rollouts").mkdir()
+    for step in (1, 2):
+        look.note(tmp_path, step, problems, written, torch.ones(2, 2, 3), ratio[..., 0], tokens, tokenizer)
+    page = (tmp_path / "rollouts.html").read_text()
+    read = Texts(page)
+    assert not {"script", "img", "b"} & read.tags and "\x1b" not in page and "http" not in page
+    texts = ["".join(hostile[:2]) + "\\x1b[2J\\x07", "".join(hostile[3:])]
+    assert read.texts == ["2", *texts, "<b>1</b>", *texts] * 2  # the group that moved further stands first
+    levels = re.findall(r'<i class="g(\d+) r(\d+)( c)?">', page)[:3]
+    assert levels == [("6", "10", " c"), ("4", "0", ""), ("5", "5", "")]  # 5 is white: a ratio of 1
+    assert all(f"#ratio:checked ~ main .r{level} " in page for level in (0, 10))
+
+
 def test_separate_updates_each_source_by_itself(family, tmp_path, monkeypatch):
     updates, real = [], separating.update
 
     def spy(learner, *args, **more):
         rollouts, advantages = args[3:5]
         updates.append((rollouts.from_explorer, advantages, learner.norm.weight.clone()))
-        return real(learner, *args, **more) | {"skipped_updates": 1, "loss": float(len(updates))}
+        metrics, tokens = real(learner, *args, **more)
+        return metrics | {"skipped_updates": 1, "loss": float(len(updates))}, tokens
 
     monkeypatch.setattr(separating, "update", spy)
     _, lines, _ = run_here(family, tmp_path / "run", "--mix-steps", 4, "--lr", 1e-2, loop=separating.separate)

@@ -1,0 +1,123 @@
+"""Rollouts to look at: one self-contained page of a run's groups, each token coloured.
+
+    python recipes/look.py runs/NAME      makes runs/NAME/rollouts.html anew; train.py does, at evaluations
+
+A switch at the top says what colours mean. *gap*: how much likelier the learner finds a token than whoever
+drew it. The explorer's tokens show how far off-policy they are; the learner's own are white, or there is a
+bug. *ratio*: pi_theta / pi_old when the token was trained on; underlined tokens were clipped.
+
+What a model writes is data: it is escaped, and characters that do not print are spelled out.
+"""
+import html
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from sample import decode, printable
+
+GROUPS = 4  # a step's, those whose ratios went furthest
+SHOWN = "logp_gap", "ratio", "clip_fraction"
+
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Rollouts</title><style>
+body {font: 15px/1.5 system-ui, sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em; color: #222}
+summary {cursor: pointer; font-weight: 600} details {margin: .5em 0} h2 {font-size: 1em; margin: 1.2em 0 .3em}
+pre {white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; font: 14px/1.6 ui-monospace, monospace}
+table {border-collapse: collapse; width: 100%%} td {padding: .2em .8em .2em 0; vertical-align: top}
+td:not(:last-child) {white-space: nowrap; width: 1%%} .explorer {color: #a06000} .learner {color: #0072b2}
+i {font-style: normal; border-radius: 2px} .c {text-decoration: underline 2px}
+%s</style>
+<input type="radio" name="by" id="gap" checked> <label for="gap">colour by gap</label>
+<input type="radio" name="by" id="ratio"> <label for="ratio">colour by ratio</label>
+<span>&nbsp; blue: likelier to the learner, or pushed up; orange: less likely, or pushed down. %s</span>
+<main>%s</main></html>"""
+
+
+def shade(level):
+    """CSS colour of a level -5..5: blue above 0, orange below, as strong as it is far."""
+    return f"rgba({'0,114,178' if level > 0 else '230,159,0'},{abs(level) / 7:.2f})"
+
+
+STYLE = "\n".join(f"#{name}:checked ~ main .{name[0]}{level + 5} {{background: {shade(level)}}}"
+                  for name in ("gap", "ratio") for level in range(-5, 6) if level)
+
+
+def note(out, step, problems, rollouts, scores, advantages, tokens, tokenizer):
+    """Writes out/rollouts/step_N.json, of the groups that moved most, and the page. problems [P], rollouts
+    [P, G], scores [P, G, 3], advantages [P, G] and tokens, {name: [P, G, T]}, are train.train's."""
+    shades = {name: tokens[name].nan_to_num() for name in SHOWN}
+    shades["ratio"] = shades["ratio"].masked_fill(shades["ratio"] == 0, 1)  # 0: not trained on
+    moved = (shades["ratio"] - 1).abs().flatten(1).amax(1)  # [P, G, T] -> [P]
+    groups = []
+    for p in moved.argsort(descending=True, stable=True)[:GROUPS].tolist():
+        group = []
+        for g, length in enumerate(rollouts.lengths[p].tolist()):
+            values = {name: shades[name][p, g, :length].tolist() for name in SHOWN}
+            pieces = [tokenizer.decode([i]) for i in rollouts.ids[p, g, :length].tolist()]
+            who = "explorer" if rollouts.from_explorer[p, g] else "learner"
+            group.append({"who": who, "reward": scores[p, g, 0].item(),
+                          "advantage": advantages[p, g].item(), "tokens": pieces, **values})
+        groups.append({"question": problems[p].question, "answer": problems[p].answer, "rollouts": group})
+    path = Path(out, "rollouts", f"step_{step:06d}.json")
+    path.write_text(json.dumps({"step": step, "groups": groups}), encoding="utf-8")
+    write_page(out)
+
+
+def shown(text):
+    """HTML that shows any text, whatever it says."""
+    return html.escape(printable(text))
+
+
+def token(text, gap, ratio, clipped):
+    """A coloured token. The strongest colour stands for a gap of 2, or a ratio 0.2 from 1: the usual clip."""
+    gap, ratio = (max(-5, min(5, round(x))) + 5 for x in (gap / 0.4, (ratio - 1) / 0.04))
+    return f'<i class="g{gap} r{ratio}{" c" if clipped else ""}">{shown(text)}</i>'
+
+
+def rollout(r):
+    text = "".join(map(token, r["tokens"], *(r[name] for name in SHOWN)))
+    return (f'<tr><td class="{r["who"]}">{r["who"]}<td>reward {r["reward"]:g}<td>A = {r["advantage"]:+.2f}'
+            f"<td><pre>{text}</pre>")
+
+
+def write_page(out):
+    steps = []
+    for path in sorted(Path(out, "rollouts").glob("step_*.json")):
+        step = json.loads(path.read_text(encoding="utf-8"))
+        groups = [f"<h2><pre>{shown(group['question'])}</pre> answer: {shown(group['answer'])}</h2>"
+                  f"<table>{''.join(map(rollout, group['rollouts']))}</table>" for group in step["groups"]]
+        steps.append(f"<details><summary>step {step['step']}</summary>{''.join(groups)}</details>")
+    if steps:
+        steps[-1] = steps[-1].replace("<details>", "<details open>", 1)
+    said = f"Underlined: clipped. Of each step the {GROUPS} groups whose ratios went furthest."
+    Path(out, "rollouts.html").write_text(PAGE % (STYLE, said, "".join(steps)), encoding="utf-8")
+
+
+def show_rollouts(problems, rollouts, scores, tokenizer):
+    """Prints the best and the worst rollout of the first group that has different rewards, if one has."""
+    rewards, texts = scores[..., 0], decode(rollouts, tokenizer)
+    p = int((rewards.amax(1) > rewards.amin(1)).int().argmax())  # [P, G] -> [P] -> its first 1
+    for name, g in (("best", int(rewards[p].argmax())), ("worst", int(rewards[p].argmin()))):
+        who = "explorer" if rollouts.from_explorer[p, g] else "learner"
+        print(f"  {name}: the {who}'s, reward {rewards[p, g]:g}: {printable(texts[p][g])[-500:]}")
+    print(f"  of the question {problems[p].question[:500]!r}, whose answer is {problems[p].answer!r}")
+
+
+def plain_grpo(out):
+    """Metrics of a run beside this one that differs in having no explorer, and in nothing else; or []."""
+    def experiment(path):  # (all but the explorer, the explorer)
+        settings = json.loads((path / "config.json").read_text())
+        return settings | dict.fromkeys(("explorer", "hash_of_explorer")), settings["explorer"]
+    for path in sorted(out.parent.iterdir()):
+        try:
+            if path != out and experiment(path) == (experiment(out)[0], "none"):
+                return [json.loads(line) for line in open(path / "metrics.jsonl")]
+        except (OSError, ValueError, LookupError):
+            continue  # no run, or one that is broken: this is only for a picture
+    return []
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2 or not Path(sys.argv[1], "rollouts").is_dir():
+        sys.exit("look.py: error: give the directory of a run, which holds rollouts/")
+    write_page(sys.argv[1])
