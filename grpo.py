@@ -98,7 +98,7 @@ def policy_loss(logps, old_logps, advantages, weights, mask, clip_low=0.2, clip_
 
     The clip removes the gradient only where the step has already gone far enough the right way: ratio > 1 +
     clip_high with A > 0, ratio < 1 - clip_low with A < 0. sequence_ratio (GSPO): one ratio per row, the
-    geometric mean of its tokens' ratios."""
+    geometric mean of its tokens' ratios, which moves less: it wants a clip some hundred times smaller."""
     log_ratio = (logps - old_logps).masked_fill(~mask, 0.0)  # whatever the padding holds must not become NaN
     if sequence_ratio:
         length = mask.sum(1, keepdim=True).clamp(min=1)

@@ -78,7 +78,7 @@ def draw(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
     cdf = p.cumsum(-1)  # [R, V]
     target = uniform[:, None].clamp(max=1 - 2 ** -22) * cdf[:, -1:]  # strictly below the sum, if rounded too
     token = torch.searchsorted(cdf, target, right=True)  # first id with cdf > target: none of probability 0
-    token = token.clamp(max=logits.shape[-1] - 1)  # of NaN logits, which the update will find, none is
+    token = token.clamp(max=logits.shape[-1] - 1)  # if the logits are NaN, none is; the update finds them
     return token.squeeze(1), p.gather(1, token).squeeze(1).log()
 
 

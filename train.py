@@ -345,12 +345,12 @@ FREE = {"resume", "out", "log", "steps", "device", "compile", "eval_every", "sav
 
 def write_whole(path, write):
     """write(file), so that `path` then holds all of it, or what it held before, whatever happens."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
+    beside = path.with_name(path.name + ".partial")
+    with open(beside, "wb") as file:
         write(file)
         file.flush()
         os.fsync(file.fileno())  # else a power cut may leave the name of an empty file
-    os.replace(partial, path)
+    os.replace(beside, path)
 
 
 def claim(args, run, out):

@@ -172,8 +172,8 @@ def test_an_update_has_the_loss_and_gradient_of_train_py(loss, flags, tmp_path):
     rewards = torch.tensor([[varied(None, text).reward for text in group] for group in texts])
     A = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
     still = SimpleNamespace(accumulate=lambda: None, step=lambda max_norm, loss: 0.0)
-    metrics, _ = update(learner, reference, still, prompts[::G], rollouts, A, seeded(), loss=loss, kl_coef=0.1,
-                     temperature=0.7, max_new_tokens=6)
+    metrics, _ = update(learner, reference, still, prompts[::G], rollouts, A, seeded(), loss=loss,
+                        kl_coef=0.1, temperature=0.7, max_new_tokens=6)
     for p in learner.parameters():
         p.data = p.grad
     assert len(rounds[-1]["explorer"]) == 3 * P and metrics["kl"] > 0.01
