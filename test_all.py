@@ -1490,7 +1490,7 @@ def test_the_readme_names_what_exists():
     text, flag = (ROOT / "README.md").read_text(), r"(?<![\w-])--[a-z][a-z0-9-]*"
     sources = [p for p in (*ROOT.glob("*.py"), *ROOT.glob("*/*.py")) if not p.name.startswith("test_")]
     flags_of = lambda path: re.findall(r'add\w*\("(--[^"]+)"', path.read_text())
-    known = lambda paths: {"--help"}.union(*map(flags_of, paths))
+    known = lambda paths: {"--help", "--config"}.union(*map(flags_of, paths))  # accelerate's --config_file
     for link in re.findall(r"\]\((?!https?:|#|\.\./)([^)#]+)", text):
         assert (ROOT / link).exists(), link
     assert {*re.findall(flag, text)} <= known(sources)
