@@ -8,7 +8,7 @@ For a prompt, G responses o_1..o_G with rewards r_1..r_G (in S2L-PO some of them
     loss   = sum_it weight_it L_it                                     weight: token_weights
 
 Why a group: the mean reward of a prompt's own rollouts is the baseline, so no value network is needed. Why
-the loss is 0 at a step's first update (with the default loss): every ratio is 1, every row has the same
+the loss is 0 at a step's first mini-batch (with the default loss): every ratio is 1, every row has the same
 weight, and the advantages of a group sum to 0. Its gradient is REINFORCE's and is not 0.
 
 From the first line of a group's rewards to the optimiser's step: `group_advantages`, then `update`.
@@ -134,8 +134,8 @@ def response_logprobs(model, prompts, groups, ids, mask, temperature=1.0):
 
     A group shares its prompt, so each prompt runs once. The responses attend to its keys and values, through
     which their gradients flow back into it."""
-    chosen, groups = groups.unique(return_inverse=True)  # the prompts of these rows
-    last, cache, lengths = read_prompts(model, [prompts[group] for group in chosen.tolist()])
+    present, groups = groups.unique(return_inverse=True)  # groups [N] now counts these rows' prompts alone
+    last, cache, lengths = read_prompts(model, [prompts[group] for group in present.tolist()])
     T, L, device = int(mask.sum(1).max()), cache[0][0].shape[2], ids.device  # longest response and prompt
 
     steps = torch.arange(T - 1, device=device)
@@ -162,8 +162,8 @@ def micro_batches(rows, groups, prompts, responses, tokens):
     """Splits rows (a list of indices) into parts that run at most so many tokens, padding counted, or hold
     one row. Given are, for each row, its group, prompt length and response length (lists).
 
-    A group's prompt runs once in a part, so its rows had better stay together. But rows sorted by length need
-    less padding. Both orders are tried; the one that runs fewer tokens in all is taken."""
+    A part runs groups x longest prompt + rows x longest response tokens. So a group's rows had better stay
+    together, but rows sorted by length need less padding. The cheaper of the two orders is taken."""
     def run(size):
         its_groups, prompt, response, count = size
         return len(its_groups) * prompt + count * response

@@ -105,8 +105,8 @@ def project(x, weight):
 
 def attend(q, k, v, mask=None):
     """Attention [B, H, T, h] of queries q [B, H, T, h] over keys and values [B, K, S, h]. Query heads that
-    share a key head are queries of one head, so mask [B, 1, H/K*T, S], 0 or -inf, says what each may see (its
-    third dimension may be 1). None: itself and all before it, S = T."""
+    share a key head are folded into the query axis: mask [B, 1, H/K*T, S], 0 or -inf, says what each may see
+    (its third dimension may be 1). None: itself and all before it, S = T."""
     if mask is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     grouped = q.reshape(*k.shape[:2], -1, q.shape[-1])  # [B, H, T, h] -> [B, K, H/K*T, h]

@@ -135,7 +135,7 @@ def load_problems(path):
     matchable = [problem for problem in problems if not problem.in_words or len(problem.answer) <= 300 and
                  "\n" not in problem.answer and score(problem, f"\\boxed{{{problem.answer}}}").answer]
     if records > len(problems):
-        print(f"{path}: {records - len(problems):,} of {records:,} problems left out: they came again")
+        print(f"{path}: {records - len(problems):,} of {records:,} problems left out: duplicates")
     if left_out := len(problems) - len(matchable):
         print(f"{path}: {left_out:,} of {len(problems):,} problems left out. No response matches "
               "their answers: a proof, a whole solution, or no letter where the task is `choice`")

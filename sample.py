@@ -133,7 +133,7 @@ def decode_step(model, tokens, cache, used):
 
 def check_lengths(model, prompts, max_new_tokens):
     """ValueError that names the first prompt which leaves no room for max_new_tokens in the model's context,
-    or is empty, or holds a token that the model has not."""
+    or is empty, or holds a token that the model does not have."""
     context = model.config.max_position_embeddings
     for i, prompt in enumerate(prompts, 1):
         if not prompt:
@@ -169,7 +169,7 @@ def sample(model, prompts, n, generator, max_new_tokens, temperature=1.0, top_k=
     R, waiting = G * min(P, max(1, rows // G)), prompts  # rows in flight: a group enters as a whole
     slots = max(map(len, prompts)) + T
     cache = KVCache(model, R, slots + 1)  # the last is never read: for a slice of all, torch compiles again
-    active, token = torch.zeros(2, R, dtype=torch.long, device=device)  # each row's rollout and last token
+    active, token = torch.zeros(2, R, dtype=torch.long, device=device)  # a row's own rollout, and its token
     running = torch.zeros(R, dtype=torch.bool, device=device)
     step = compiled(decode_step) if model.compiled else decode_step
     bar = tqdm(total=P * G, desc="sampling", unit="rollout", delay=10, leave=False, disable=None)

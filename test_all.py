@@ -1423,7 +1423,7 @@ def test_what_is_left_out_or_amiss_with_the_problems_is_said(family, tmp_path, c
     code, said, error = main_here(capsys, flags(family, tmp_path / "run", "--data", tmp_path / "data",
                                                 "--eval-data", family / "train.jsonl", "--steps", 1))
     assert code == 0 and f"1 of {len(problems) + 1} problems left out: too long for the context of" in said
-    assert f"1 of {len(problems) + 2} problems left out: they came again" in said
+    assert f"1 of {len(problems) + 2} problems left out: duplicates" in said
     assert "warning: 8 held-out questions are in --data too" in error
 
 

@@ -271,7 +271,7 @@ def load_run(args, open_explorer):
     learner.compiled, learner.checkpoint_layers = args.compile, args.checkpoint_layers
     texts = hashlib.sha256(f"{problems}{held_out}".encode()).hexdigest()
     hashes, reference = {"learner": fingerprint(learner), "explorer": None, "problems": texts[:16]}, None
-    if args.kl_coef:  # the learner before any update; with LoRA its own tensors without the adapters
+    if args.kl_coef:  # the learner as it began; with LoRA the same tensors, not copied, without adapters
         shared = {id(weight): weight for weight in learner.parameters()} if args.lora_rank else {}
         reference = copy.deepcopy(learner, shared).requires_grad_(False)
     if args.lora_rank:
@@ -291,7 +291,7 @@ def load_run(args, open_explorer):
           f"{args.max_new_tokens} tokens, {args.minibatches} mini-batches\n"
           f"problems  {len(problems)} to train on, {len(held_out)} held out; first prompt and its answer:\n"
           f"          {tokenizer.decode(prompts[0])!r}, {problems[0].answer!r}\n"
-          "The loss stays near 0, and that is right: watch the reward.")
+          "The loss stays near 0, as it should (README.md): watch the reward.")
     return run, explore
 
 
