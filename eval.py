@@ -84,11 +84,12 @@ def crossover(ks, first, second):
 
 
 def headroom(learner, explorer, n, group_size):
-    """What an explorer could add, from right rollouts out of n > group_size per problem of each, [P] both:
-    (share of the learner's groups that all fail; on those problems, the explorer's success, and the learner's
-    own in other rollouts). A problem counts with the chance C(n-c, G) / C(n, G) that a group of G of its n
-    rollouts holds no right one; the c right ones are then among the n - G others. Where no group fails, the
-    two are 0."""
+    """What an explorer could add, from each one's right rollouts out of n > group_size per problem, [P] both.
+    Returns the share of the learner's groups that all fail and, on those problems, the explorer's success and
+    the learner's own outside of the group; 0 if no group fails.
+
+    With c right among n rollouts, a group of G of them fails with the chance C(n-c, G) / C(n, G), by which
+    the problem is weighted. All c are then among the other n - G: its own success there is c / (n - G)."""
     fails = np.array([1.0 - pass_at_k([c], n, group_size) for c in learner])  # [P]
     there = lambda right, of: float((fails * right).sum() / of / max(fails.sum(), 1e-9))
     return float(fails.mean()), there(explorer, n), there(learner, n - group_size)

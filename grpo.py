@@ -11,7 +11,7 @@ Why a group: the mean reward of a prompt's own rollouts is the baseline, so no v
 the loss is 0 at a step's first mini-batch (with the default loss): every ratio is 1, every row has the same
 weight, and the advantages of a group sum to 0. Its gradient is REINFORCE's and is not 0.
 
-From the first line of a group's rewards to the optimiser's step: `group_advantages`, then `update`.
+Read `group_advantages`, then `update`: from a group's rewards to the optimiser's step.
 
 Shapes: P prompts, G rollouts each, N = P*G rows, T response tokens, L prompt tokens, D hidden.
 """
@@ -47,7 +47,7 @@ def token_weights(mask, loss, max_new_tokens):
 
         grpo, gspo  1 / (N * length_i)     mean over tokens, then rows: tokens of long responses count less
         dapo        1 / (all tokens)       every token of the mini-batch counts the same
-        dr_grpo     1 / (N * max tokens)   the same constant for every mini-batch, so no bias by length at all
+        dr_grpo     1 / (N * max tokens)   a constant, so no bias by length at all
     """
     mask = mask.float()
     if loss == "dapo":
@@ -143,7 +143,8 @@ def response_logprobs(model, prompts, groups, ids, mask, temperature=1.0):
     so_far = (steps <= steps[:, None]).expand(len(ids), -1, -1)
     visible = torch.cat([in_prompt, so_far], dim=2)[:, None]  # [N, T-1, L or T-1] -> [N, 1, T-1, L+T-1]
     allowed = torch.zeros(visible.shape, dtype=last.dtype, device=device).masked_fill(~visible, -torch.inf)
-    allowed = allowed.repeat(1, 1, model.config.num_attention_heads // model.config.num_key_value_heads, 1)
+    query_heads = model.config.num_attention_heads // model.config.num_key_value_heads  # of a key head
+    allowed = allowed.repeat(1, 1, query_heads, 1)  # which `attend` lays one after another as more queries
 
     def after_prompt(layer, k, v):  # [N, K, T-1, h] -> [N, K, L+T-1, h]
         return *(torch.cat([old[groups], new], dim=2) for old, new in zip(cache[layer], (k, v))), allowed

@@ -3,10 +3,10 @@
     python sample.py --model runs/family-habit/learner --prompt "Bfa483920=" --n 4
 
 A group of G rollouts shares its prompt, so the prompt is prefilled once and its cache copied to the G rows.
-Rows that drew a stop token leave the batch, and waiting prompts take their place. Cache slot == position: a
-row of n tokens writes its next key into slot n, so prompts of different lengths need no padding tricks. Each
-rollout carries the log-probability of its tokens under the distribution they were really drawn from: after
-penalty, temperature, top-k and top-p.
+Rows that are done leave the batch, not at once but when a quarter are, and waiting prompts take their place.
+Cache slot == position: a row of n tokens writes its next key into slot n, so prompts of different lengths
+need no padding tricks. Each rollout carries the log-probability of its tokens under the distribution they
+were really drawn from: after penalty, temperature, top-k and top-p.
 
 Read `sample` for the loop, `decode_step` for one token through the network, `draw` for logits to token.
 
