@@ -43,7 +43,7 @@ def group_advantages(rewards, scale=True):
 def token_weights(mask, loss, max_new_tokens):
     """Weight of each token in the loss, [N, T], for the N rows of one mini-batch. This is all that the loss
     types differ in, but for gspo's ratio and dr_grpo's advantages, which are not divided by std. Computed
-    before micro-batches are cut, so cutting cannot change the loss.
+    before micro-batches are cut and rows without a gradient left out, so neither can change the loss.
 
         grpo, gspo  1 / (N * length_i)     mean over tokens, then rows: tokens of long responses count less
         dapo        1 / (all tokens)       every token of the mini-batch counts the same
@@ -133,7 +133,8 @@ def response_logprobs(model, prompts, groups, ids, mask, temperature=1.0):
     policy that drew none of this.
 
     A group shares its prompt, so each prompt runs once. The responses attend to its keys and values, through
-    which their gradients flow back into it."""
+    which their gradients flow back into it. The prompt's last token predicts a response's first, and the
+    response's last token predicts nothing: T - 1 of its tokens run."""
     present, groups = groups.unique(return_inverse=True)  # groups [N] now counts these rows' prompts alone
     last, cache, lengths = read_prompts(model, [prompts[group] for group in present.tolist()])
     T, L, device = int(mask.sum(1).max()), cache[0][0].shape[2], ids.device  # longest response and prompt

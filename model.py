@@ -4,7 +4,7 @@ One class covers Qwen3 (QK-norm), Qwen2 (qkv bias), Llama and Mistral (neither):
 repository and Qwen3-8B come in through the same door. One `forward` trains, prefills and decodes; `past` is
 all that differs.
 
-Batches are padded on the RIGHT: a causal model never looks right, so padding needs no mask, and a token's
+Prompts are padded on the RIGHT: a causal model never looks right, so padding needs no mask, and a token's
 position is simply its index.
 
 Shapes: B rows, T tokens, D hidden, H query heads, K key/value heads, h head size, I MLP, V vocabulary.

@@ -145,7 +145,7 @@ def load_problems(path):
 
 
 def as_problem(record):
-    """ValueError says what is wrong with it."""
+    """Problem of a JSON record. ValueError says what is wrong with it."""
     if not isinstance(record, dict) or not {"question", "answer"} <= record.keys():
         found = ", ".join(record) if isinstance(record, dict) else type(record).__name__
         raise ValueError(f"needs `question` and `answer`, found {found}: recipes/data.py converts data sets")

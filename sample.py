@@ -155,7 +155,7 @@ def sample(model, prompts, n, generator, max_new_tokens, temperature=1.0, top_k=
     ValueError for settings out of range, and for a prompt that leaves no room for max_new_tokens."""
     if n < 1 or max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
         raise ValueError(f"cannot sample n={n}, max_new_tokens={max_new_tokens}, temperature={temperature}, "
-                         f"top_k={top_k}, top_p={top_p}: the first two start at 1, the others at 0")
+                         f"top_k={top_k}, top_p={top_p}: n and tokens start at 1, top_p lies in (0, 1]")
     check_lengths(model, prompts, max_new_tokens)
     P, G, T, device = len(prompts), n, max_new_tokens, model.norm.weight.device
     uniform = torch.rand(P, G, T, generator=generator).flatten(0, 1).to(device)  # [P*G, T]
@@ -173,7 +173,7 @@ def sample(model, prompts, n, generator, max_new_tokens, temperature=1.0, top_k=
     running = torch.zeros(R, dtype=torch.bool, device=device)
     step = compiled(decode_step) if model.compiled else decode_step
     bar = tqdm(total=P * G, desc="sampling", unit="rollout", delay=10, leave=False, disable=None)
-    for i in itertools.count():
+    for i in itertools.count():  # a turn: look who is done, step the others, let prompts enter, draw, note
         entering = []
         if i % LOOK_EVERY == 0:
             idle, longest = (~running).nonzero().squeeze(1), int(cache.lengths.max())

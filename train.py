@@ -145,7 +145,7 @@ def parse_flags(argv=None):
     add = parser.add_argument_group("update (grpo.py)").add_argument
     add("--lr", type=float, help="AdamW's, constant (8e-4; with --learner 1e-6, with --lora-rank too 1e-5)")
     add("--minibatches", type=int, default=2,
-        help="optimiser steps in a step; with 1 nothing is clipped, but by `--off-policy behaviour` (2)")
+        help="optimiser steps in a step; with 1 nothing is clipped, except with `--off-policy behaviour` (2)")
     add("--micro-batch-tokens", type=int, default=8192, help="run at once: lower it to save memory (8192)")
     add("--checkpoint-layers", action="store_true", help="recompute activations: slower, far less memory")
     add("--lora-rank", type=int, default=0, help="train adapters of this rank, not all weights; 0: off (0)")
