@@ -83,7 +83,7 @@ def measure(task, pair, name, n, thin=False, temperature=1.0, problems=128):
 
 
 def qualified(task, count, first=FIRST_PAIR):
-    """The first `count` pairs, from `first` on, whose explorer executes (at least .8 of its rollouts) and mixes
+    """The first `count` pairs from `first` on whose explorer executes (at least .8 of its rollouts) and mixes
     methods (entropy at least .5 nats). `natural` has no methods: all its pairs count."""
     pairs, pair = [], first
     while len(pairs) < count:
