@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from anneal import explorer_share, split_group
 from grpo import group_advantages, update
 from sample import decode, join
-from train import (EXPLORER, LEARNER, MINIBATCH, batch_of, generator, keep_books, last_step, learner_of, main,
-                   past_steps, score_all, update_settings)
+from train import (EXPLORER, LEARNER, MINIBATCH, batch_of, fail, generator, keep_books, last_step, learner_of,
+                   main, past_steps, score_all, update_settings)
 
 
 def variant(args, run, explore, cools=False, redraws=0, imitates=False, advantages=group_advantages, **more):
@@ -94,6 +94,8 @@ def maxrl_advantages(rewards):
 def entropy(args, run, explore):
     """The KL to the uniform policy is log V less the entropy, and as a loss k2 has this KL's gradient: so the
     KL penalty is an entropy bonus if the reference is uniform. A model of zeros is."""
+    if not args.kl_coef or args.lora_rank:  # with adapters the reference's weights are the learner's
+        fail(2, "entropy needs --kl-coef, and no --lora-rank")
     for weight in run.reference.parameters():
         weight.zero_()
     variant(args, run, explore, kl_estimator="k2")
@@ -103,6 +105,6 @@ LOOPS = {"cooling": partial(variant, cools=True), "maxrl": partial(variant, adva
          "entropy": entropy, "dynamic": partial(variant, redraws=3), "raft": partial(variant, imitates=True)}
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--help"] or not {*sys.argv[1:2]} <= {*LOOPS} or len(sys.argv) < 2:
+    if not {*sys.argv[1:2]} & {*LOOPS}:
         sys.exit(__doc__)
     main(sys.argv[2:], loop=LOOPS[sys.argv[1]])

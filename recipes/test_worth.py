@@ -216,6 +216,17 @@ def test_a_runs_numbers_are_those_of_its_metrics(study, monkeypatch):
     assert json.loads((out / "config.json").read_text())["temperature"] == 1.6
 
 
+def test_the_report_of_places_where_nothing_may_be_lost(capsys):
+    """Paired by pair and seed in whatever order; the search's pairs and other rates stay out."""
+    runs = {("twin", pair, arm, rate, seed): {"strict@1": [0.1 * pair + 0.01 * seed + gain] * 2}
+            for rate, less in (("--lr 0.0008", 0.02), ("--lr 0.0004", -0.02)) for seed in (1, 0)
+            for pair in (26, 24, 20, 25, 23) for arm, gain in (("GRPO", 0), ("rescue, positive", less))}
+    worth.report_boundary(runs)
+    assert capsys.readouterr().out.splitlines() == [
+        "twin       rescue, positive     --lr 0.0004, less GRPO: -0.020 [-0.020, -0.020], won 0 of 8: worse",
+        "twin       rescue, positive     --lr 0.0008, less GRPO: +0.020 [+0.020, +0.020], won 8 of 8: better"]
+
+
 def test_endpoints_by_hand():
     run = {"step": [0, 8, 16], "flops": [0, 10e9, 40e9], "strict@1": [0.4, 0.6, 1.0],
            "strict@16": [0.5, 0.7, 1.0], "cold": 0.9}

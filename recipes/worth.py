@@ -16,6 +16,7 @@ out, and so is the entropy bonus's uniform policy, which needs no model.
 """
 import argparse
 import gzip
+import itertools
 import json
 import os
 import shutil
@@ -151,14 +152,9 @@ def boundary(args):
         make_models(task, range(FIRST, FIRST + args.pairs), (), args.workers)
         pairs, seeds = qualified(task, args.pairs, FIRST), range(args.seeds)
         make_models(task, pairs, {*who} - {"learner", "explorer"}, args.workers)
-        runs = make_runs(args, place, [(place, pair, arm, rate, seed) for seed in seeds for pair in pairs
-                                       for arm in ("GRPO", *NO_T_MIX) for rate in RATES[1:]])
-        for arm in NO_T_MIX:
-            for rate in RATES[1:]:
-                of = lambda arm: [[area(runs[place, pair, arm, rate, seed]["strict@1"]) for seed in seeds]
-                                  for pair in pairs]
-                against = judged(np.subtract(of(arm), of("GRPO")), NEVER_LOSE)
-                print(f"{place:10} {arm:20} {rate}, less GRPO: {against}", flush=True)
+        make_runs(args, place, [(place, pair, arm, rate, seed) for seed in seeds for pair in pairs
+                                for arm in ("GRPO", *NO_T_MIX) for rate in RATES[1:]])
+    report_boundary(published(args))
 
 
 # ---- the report --------------------------------------------------------------------------------------------
@@ -167,7 +163,8 @@ HYPOTHESES = (  # what, endpoint, and which arm is ahead of which in it
     ("1. the explorer gives the early speed", "early", "S2L-PO", "GRPO at T 1.6"),
     ("2. temperature gives the end", "last", "GRPO at T 1.6", "S2L-PO"),
     ("3. they add up", "area", "S2L-PO at T 1.6", "S2L-PO"),
-    ("3. they add up", "area", "S2L-PO at T 1.6", "GRPO at T 1.6"))
+    ("3. they add up", "area", "S2L-PO at T 1.6", "GRPO at T 1.6"),
+    *(("keeps the gain", "early", arm, "GRPO") for arm in NO_T_MIX))
 
 
 def endpoints(run, budget):
@@ -190,28 +187,46 @@ def reached(x, curve, level=0.8):
 
 def judged(difference, margin=MARGIN):
     """`+0.012 [-0.010, +0.034], won 14 of 24: as good`, of differences [pairs, seeds]."""
-    (mean, half), difference = interval(difference), np.asarray(difference)
+    mean, half = interval(difference)
     verdict = ("too few pairs" if half is None else "better" if mean - half > 0 else
                "as good" if mean - half > -margin else "worse" if mean + half < 0 else "undecided")
     return f"{shown(mean, half)}, won {(difference > 0).sum()} of {difference.size}: {verdict}"
 
 
+def runs_of(runs, place, arm, setting):
+    """{(pair, seed): run}, in order, without the pairs of the search."""
+    return {key[1::3]: run for key, run in sorted(runs.items()) if key[0] == place and key[1] >= FIRST
+            and key[2:4] == (arm, setting)}
+
+
+def by_pair(values):
+    """[pairs, seeds] of {(pair, seed): value}."""
+    return np.array(list(values.values())).reshape(len({pair for pair, _ in values}), -1)
+
+
 def confirmed(runs, arms):
-    """{arm: {endpoint: [pairs, seeds]}} of arms with all confirming runs that S2L-PO has."""
-    of = {arm: {key[1::3]: run for key, run in runs.items() if key[0] == "home" and key[1] >= FIRST
-                and key[2:4] == (arm, searched(runs, arm)[0][1])} for arm in arms}  # {(pair, seed): run}
-    pairs, seeds = (sorted({key[i] for key in of[REFERENCE]}) for i in range(2))
-    found = {}
-    for arm in (arm for arm in arms if of[arm].keys() >= of[REFERENCE].keys()):
-        rows = [[endpoints(of[arm][pair, seed], of[REFERENCE][pair, seed]["flops"][-1]) for seed in seeds]
-                for pair in pairs]
-        found[arm] = {key: np.array([[run[key] for run in row] for row in rows]) for key in rows[0][0]}
+    """{arm: {endpoint: [pairs, seeds]}} of arms with the same confirming runs as S2L-PO."""
+    of, found = {arm: runs_of(runs, "home", arm, searched(runs, arm)[0][1]) for arm in arms}, {}
+    for arm in (arm for arm in arms if of[arm].keys() == of[REFERENCE].keys()):
+        each = {key: endpoints(run, of[REFERENCE][key]["flops"][-1]) for key, run in of[arm].items()}
+        names = next(iter(each.values()))
+        found[arm] = {name: by_pair({key: row[name] for key, row in each.items()}) for name in names}
         found[arm]["curve"] = np.mean([run["strict@1"] for run in of[arm].values()], axis=0)
     return found
 
 
+def report_boundary(runs):
+    for place, arm, rate in itertools.product(list(PLACES)[1:], NO_T_MIX, RATES[1:]):
+        mine, grpo = (runs_of(runs, place, who, rate) for who in (arm, "GRPO"))
+        if mine and mine.keys() == grpo.keys():
+            less = {key: area(mine[key]["strict@1"]) - area(grpo[key]["strict@1"]) for key in mine}
+            print(f"{place:10} {arm:20} {rate}, less GRPO: {judged(by_pair(less), NEVER_LOSE)}")
+
+
 def report(args):
-    found = confirmed(published(args), args.arms)
+    runs = published(args)
+    report_boundary(runs)
+    found = confirmed(runs, args.arms)
     less = lambda key, first, second: found[first][key] - found[second][key]
     keys, of = [key for key in found[REFERENCE] if key != "curve"], found[REFERENCE]["equal"].shape
     print(f"\n{of[0]} pairs x {of[1]} seeds; equal: area at equal FLOPs; cost: FLOPs over {REFERENCE}'s\n"
