@@ -193,7 +193,7 @@ def test_a_killed_study_goes_on_and_its_report_needs_no_runs(study, monkeypatch,
     worth.main(["confirm", *asked])
     assert len(jobs) == 8 and {job[1] for job in jobs[4:]} == {23, 24}
     told = capsys.readouterr().out
-    assert "2 pairs x 1 seeds" in told and "so the recommendation is" in told and not worth.ASSETS.exists()
+    assert "2 pairs x 1 seeds" in told and "at equal rollouts highest: " in told and not worth.ASSETS.exists()
     shutil.rmtree(worth.RUNS / "results")
     worth.main(["report", *asked])
     assert told.endswith(capsys.readouterr().out) and (worth.RUNS / "assets/worth.png").exists()

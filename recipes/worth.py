@@ -11,8 +11,9 @@ runs/worth: an interrupted command goes on where it stopped. Below 8 pairs or 3 
 which publishes to runs/worth/assets.
 
 FLOPs are estimated: 2 x parameters for each token sampled, by the model that sampled it, thrown away or not;
-6 x parameters for each token trained on, and 2 x for pi_old's pass over it. Prompts and evaluations are left
-out, and so is the entropy bonus's uniform policy, which needs no model.
+6 x parameters for each token trained on, and 2 x for pi_old's pass over it. Tokens of groups that teach
+nothing are not trained on here. Prompts and evaluations are left out, and so is the entropy bonus's uniform
+policy, which needs no model.
 """
 import argparse
 import gzip
@@ -230,17 +231,17 @@ def report(args):
     less = lambda key, first, second: found[first][key] - found[second][key]
     keys, of = [key for key in found[REFERENCE] if key != "curve"], found[REFERENCE]["equal"].shape
     print(f"\n{of[0]} pairs x {of[1]} seeds; equal: area at equal FLOPs; cost: FLOPs over {REFERENCE}'s\n"
-          f"{'':20}" + "".join(f"{key:>8}" for key in keys) + f"   equal, less {REFERENCE}'s")
+          f"{'':20}" + "".join(f"{key:>8}" for key in keys) + f"   equal | area, less {REFERENCE}'s")
     for arm, row in found.items():
-        against = "" if arm == REFERENCE else judged(less("equal", arm, REFERENCE))
-        print(f"{arm:20}" + "".join(f"{row[key].mean():8.3f}" for key in keys) + "   " + against)
+        against = [judged(less(key, arm, REFERENCE)) for key in ("equal", "area") if arm != REFERENCE]
+        print(f"{arm:20}" + "".join(f"{row[key].mean():8.3f}" for key in keys) + "   " + " | ".join(against))
     for what, key, first, second in HYPOTHESES:
         if {first, second} <= found.keys():
             print(f"{what}: {key} of {first}, less {second}'s: {judged(less(key, first, second))}")
-    best = max(found, key=lambda arm: found[arm]["equal"].mean())
-    good = [arm for arm in found if arm == best
-            or judged(less("equal", arm, best)).endswith((": as good", ": better"))]
-    print(f"highest: {best}; as good: {', '.join(good)}; so the recommendation is {good[0]}")
+    for key, cost in (("equal", "FLOPs"), ("area", "rollouts")):
+        best = max(found, key=lambda arm: found[arm][key].mean())
+        good = [arm for arm in found if arm == best or judged(less(key, arm, best)).endswith("as good")]
+        print(f"at equal {cost} highest: {best}; as good: {', '.join(good)}; recommended: {good[0]}")
     draw(args.assets / "worth.png", found)
 
 
@@ -260,10 +261,12 @@ def draw(path, found):
     left.legend(fontsize=7)
     right.axvspan(-MARGIN, MARGIN, color="#dddddd")
     for i, arm in enumerate(found):
-        mean, half = interval(found[arm]["equal"] - found[REFERENCE]["equal"])
-        right.errorbar(mean, -i, xerr=half, fmt="o", markersize=4, capsize=2, color=SHOWN.get(arm, "#777777"))
+        for key, y, face in (("equal", -i + 0.15, None), ("area", -i - 0.15, "white")):
+            mean, half = interval(found[arm][key] - found[REFERENCE][key])
+            right.errorbar(mean, y, xerr=half, fmt="o", markersize=4, capsize=2, markerfacecolor=face,
+                           color=SHOWN.get(arm, "#777777"))
     right.set_yticks([-i for i in range(len(found))], list(found), fontsize=7)
-    right.set(xlabel=f"area at equal FLOPs, less {REFERENCE}'s; grey: the margin")
+    right.set(xlabel=f"area less {REFERENCE}'s; grey: the margin", title="full: FLOPs; hollow: rollouts")
     figure.savefig(path, dpi=130)
 
 
