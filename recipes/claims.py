@@ -127,32 +127,44 @@ def path_of(task, pair, arm, lr, seed):
     return RUNS / "results" / f"{task}-{pair}" / arm.replace(" ", "_") / f"{lr:g}" / f"{seed}.jsonl"
 
 
+def run_quietly(base, flags, open_explorer=train.open_explorer, loop=train.train):
+    """(args, run) of train.py's own path on a base pair, with one thread, when it has ended."""
+    torch.set_num_threads(1)
+    out = RUNS / f"worker-{os.getpid()}"
+    shutil.rmtree(out, ignore_errors=True)
+    with open(os.devnull, "w") as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
+        args = train.parse_flags([str(flag) for flag in (
+            *STUDY, "--learner", base / "learner", "--explorer", base / "explorer",
+            "--data", base / "train.jsonl", "--eval-data", base / "heldout.jsonl", "--out", out, *flags)])
+        run, explore = train.load_run(args, open_explorer)
+        train.evaluate_base_models(args, run, explore)
+        loop(args, run, explore)
+    return args, run
+
+
 def work(job):
     """In a worker: a member to pretrain (task, pair, name) or a run (task, pair, arm, lr, seed). Of a
     run, metrics.jsonl is left, as path_of names it."""
-    with open(os.devnull, "w") as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
-        torch.set_num_threads(1)
-        (task, pair, what), base, out = job[:3], directory(*job[:2]), RUNS / f"worker-{os.getpid()}"
-        if len(job) == 3:
-            return make_member(task, pair, what)
-        shutil.rmtree(out, ignore_errors=True)
-        learner, _, arm = what.rpartition(" | ")
-        args = train.parse_flags([str(flag) for flag in (
-            *STUDY, "--learner", base / (learner or "learner"), "--explorer", base / "explorer",
-            "--data", base / "train.jsonl", "--eval-data", base / "heldout.jsonl", "--lr", job[3],
-            "--seed", job[4], "--out", out, *flags_of(arm, base))])
-        run, explore = train.load_run(args, opener_of(arm, base))
-        train.evaluate_base_models(args, run, explore)
-        LOOPS.get(arm, train.train)(args, run, explore)
-        path_of(*job).parent.mkdir(parents=True, exist_ok=True)
-        os.replace(out / "metrics.jsonl", path_of(*job))
-        shutil.rmtree(out)
+    if len(job) == 3:
+        with open(os.devnull, "w") as null, contextlib.redirect_stderr(null):
+            torch.set_num_threads(1)
+            return make_member(*job)
+    (task, pair, what, lr, seed), base = job, directory(*job[:2])
+    learner, _, arm = what.rpartition(" | ")
+    flags = ("--learner", base / (learner or "learner"), "--lr", lr, "--seed", seed, *flags_of(arm, base))
+    args, _ = run_quietly(base, flags, opener_of(arm, base), LOOPS.get(arm, train.train))
+    path_of(*job).parent.mkdir(parents=True, exist_ok=True)
+    os.replace(Path(args.out) / "metrics.jsonl", path_of(*job))
+    shutil.rmtree(args.out)
 
 
-def do(jobs, workers, title):
+def is_done(job):
+    return (directory(*job[:2]) / job[2]).exists() if len(job) == 3 else path_of(*job).exists()
+
+
+def do(jobs, workers, title, work=work, is_done=is_done):
     """Does those jobs that are not done yet, side by side. Interrupted, what is done stays done."""
-    done = lambda job: (directory(*job[:2]) / job[2]).exists() if len(job) == 3 else path_of(*job).exists()
-    jobs = [job for job in dict.fromkeys(jobs) if not done(job)]
+    jobs = [job for job in dict.fromkeys(jobs) if not is_done(job)]
     if not jobs:
         return
     usual = signal.signal(signal.SIGINT, signal.SIG_IGN)  # and so do workers: Ctrl-C ends them from here

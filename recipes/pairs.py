@@ -82,10 +82,10 @@ def measure(task, pair, name, n, thin=False, temperature=1.0, problems=128):
     return found
 
 
-def qualified(task, count):
-    """The first `count` pairs whose explorer executes (at least .8 of its rollouts) and mixes methods
-    (entropy at least .5 nats). `natural` has no methods: all its pairs count."""
-    pairs, pair = [], FIRST_PAIR
+def qualified(task, count, first=FIRST_PAIR):
+    """The first `count` pairs from `first` on whose explorer executes (at least .8 of its rollouts) and mixes
+    methods (entropy at least .5 nats). `natural` has no methods: all its pairs count."""
+    pairs, pair = [], first
     while len(pairs) < count:
         make_member(task, pair, "explorer")
         found = measure(task, pair, "explorer", 32)
