@@ -18,7 +18,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that spin starve other work
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch: threads that spin for long starve others
 
 import numpy as np
 import torch
@@ -63,8 +63,8 @@ def math_verify_score(problem, text):
 
 
 def interval(share, count, z=1.96):
-    """Wilson's 95% interval of a share over `count` problems. With several rollouts a problem it is too wide
-    rather than too narrow."""
+    """Wilson's 95% interval of a share over `count` problems. With several rollouts per problem it is too
+    wide rather than too narrow."""
     centre = share + z * z / (2 * count)
     spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count ** 2))
     return [(centre + sign * spread) / (1 + z * z / count) for sign in (-1, 1)]

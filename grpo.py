@@ -41,8 +41,8 @@ def group_advantages(rewards, scale=True):
 
 
 def token_weights(mask, loss, max_new_tokens):
-    """Weight of each token in the loss, [N, T], for the N rows of one mini-batch. This is all that the loss
-    types differ in, but for gspo's ratio and dr_grpo's advantages, which are not divided by std. Computed
+    """Weight of each token in the loss, [N, T], for the N rows of one mini-batch. The loss types
+    differ in it, and in gspo's ratio and dr_grpo's advantages, which are not divided by std. Computed
     before micro-batches are cut and rows without a gradient left out, so neither can change the loss.
 
         grpo, gspo  1 / (N * length_i)     mean over tokens, then rows: tokens of long responses count less
@@ -203,9 +203,10 @@ def update(learner, reference, optimizer, prompts, rollouts, advantages, generat
     device = ids.device
     groups = torch.arange(P, device=device).repeat_interleave(G)  # [N] the prompt of each row
     sizes = groups.tolist(), [len(prompts[row // G]) for row in range(P * G)], mask.sum(1).tolist()
-    # Without a KL, A = 0 is a gradient of 0. A model that has become NaN earns equal rewards too, but its
-    # rows run: their loss is NaN, which is counted.
-    teaches = (bool(reference) | (A != 0) | sampler_logps.sum(1).isnan()).tolist()
+    # Without a KL, A = 0 is a gradient of 0, and so is a weight of 0. A model that has become NaN earns equal
+    # rewards too, but its rows run: their loss is NaN, which is counted.
+    no_weight = from_explorer & (A < 0) if off_policy == "positive" else torch.zeros_like(from_explorer)
+    teaches = (bool(reference) | (A != 0) & ~no_weight | sampler_logps.sum(1).isnan()).tolist()
 
     def logprobs(model, rows):
         return response_logprobs(model, prompts, groups[rows], ids[rows], mask[rows], temperature)

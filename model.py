@@ -110,6 +110,8 @@ def attend(q, k, v, mask=None):
     if mask is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     grouped = q.reshape(*k.shape[:2], -1, q.shape[-1])  # [B, H, T, h] -> [B, K, H/K*T, h]
+    if q.device.type == "cpu" and q.dtype == torch.float32 and grouped.shape[2] <= 16:  # SDPA: slow
+        return ((grouped * q.shape[-1] ** -0.5 @ k.mT + mask).softmax(-1) @ v).reshape(q.shape)
     return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).reshape(q.shape)
 
 
@@ -359,7 +361,7 @@ def directory_of(source):
     try:
         return Path(snapshot_download(str(source), allow_patterns=files))
     except Exception as error:  # no such name, or no connection: each raises something else
-        raise ValueError("neither a directory nor, as far as it can be reached, a name on the hub") from error
+        raise ValueError("neither a directory nor a name on the hub, or the hub cannot be reached") from error
 
 
 def hf_weights(model):

@@ -18,7 +18,7 @@ import itertools
 import os
 from dataclasses import dataclass, fields
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that spin starve other work
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch: threads that spin for long starve others
 
 import torch
 import torch.nn.functional as F

@@ -6,8 +6,8 @@
 
 `train` is the paper's Algorithm 1. All below it loads, keeps the books and survives: kill a run at any
 moment, and the same command with --resume goes on from its last checkpoint. Random numbers depend on (seed,
-step, purpose) alone. On a CPU the same seed therefore gives the same metrics to the last digit, and a resumed
-run equals an unbroken one.
+step, purpose) alone. On a CPU the same seed therefore gives the same metrics to the last digit, but for
+clocks, and a resumed run equals an unbroken one.
 
 Not the paper's by default: batch and learning rate (a laptop's), the explorer's sampling (temperature 1
 without nucleus; the paper: 0.7 and 0.95) and the KL penalty (off; the paper: 0.001).
@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that spin starve other work
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch: threads that spin for long starve others
 
 import numpy as np
 import torch

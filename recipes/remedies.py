@@ -16,7 +16,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that spin starve other work
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch: threads that spin for long starve others
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from anneal import explorer_share, split_group
