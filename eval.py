@@ -177,8 +177,9 @@ def parse_flags():
     parser = argparse.ArgumentParser(description="pass@k of one or several models on the same problems.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--model", nargs="+", required=True, help="checkpoint directories or Hugging Face hub names")
-    add("--data", nargs="+", required=True, help="problems: JSONL files as train.py's --data")
+    needed = dict(required=True, default=argparse.SUPPRESS)  # --help then names no default
+    add("--model", nargs="+", **needed, help="checkpoint directories or Hugging Face hub names")
+    add("--data", nargs="+", **needed, help="problems: JSONL files as train.py's --data")
     add("--problems", type=int, default=10 ** 9, help="use the first so many problems of each")
     add("--n", type=int, default=64, help="rollouts per problem")
     add("--mode", choices=MODES, help="the paper's settings of an evaluation; flags that are given win")

@@ -249,8 +249,9 @@ def main():
     parser = argparse.ArgumentParser(description="Print rollouts of one prompt.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--model", required=True, help="a checkpoint directory or a Hugging Face hub name")
-    add("--prompt", required=True, help="text, given to the model as it is")
+    needed = dict(required=True, default=argparse.SUPPRESS)  # --help then names no default
+    add("--model", **needed, help="a checkpoint directory or a Hugging Face hub name")
+    add("--prompt", **needed, help="text, given to the model as it is")
     add("--chat", action="store_true", help="wrap the prompt in the tokeniser's chat template")
     add("--n", type=int, default=4, help="rollouts")
     add("--max-new-tokens", type=int, default=64, help="longest response")

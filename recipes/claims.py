@@ -40,7 +40,7 @@ import model as models
 import reward
 import train
 from eval import crossover as find_crossover
-from eval import headroom, new_figure, pass_at_k, plot_curves, powers_of_two, table
+from eval import GRPO, LEARNER, headroom, new_figure, pass_at_k, plot_curves, powers_of_two, table
 from recipes.explorers import open_fleet, thinned
 from recipes.pairs import FIRST_PAIR, LADDER, RUNS, directory, make_member, measure, qualified
 from recipes.rescue import rescue
@@ -289,16 +289,19 @@ def draw(path, result):
     if (figure := new_figure(2)) is None:
         return
     figure, (left, right) = figure
+    others = itertools.cycle(("#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#8c6d1f", "black", "#7b3294",
+                              "#b2182b"))
     for i, (arm, best) in enumerate(result["best"].items()):
-        left.plot(np.arange(len(best["curve"])) * 8, best["curve"], "o-", markersize=3, color=f"C{i}",
+        color = {"GRPO": GRPO, "S2L-PO": LEARNER}.get(arm) or next(others)  # in all figures
+        left.plot(np.arange(len(best["curve"])) * 8, best["curve"], "o-", markersize=3, color=color,
                   label=f"{arm} ({best['lr']:g})")
         for which, shift, marker in (("equal", -0.12, "o"), ("best", 0.12, "s")):
             row = result[which][arm]
             if arm != result["reference"]:
                 right.errorbar(row["gain"], -i + shift, xerr=row["half"], fmt=marker, markersize=4, capsize=2,
-                               color=f"C{i}", markerfacecolor="white" if which == "equal" else f"C{i}")
+                               color=color, markerfacecolor="white" if which == "equal" else color)
     left.set(xlabel="step", ylabel="held-out strict pass@1", title=f"{path.name}: each at its own best rate")
-    left.legend(fontsize=7)
+    figure.legend(fontsize=7, ncols=5, loc="outside lower center")
     right.axvline(0, color="grey", linewidth=0.8)
     right.set_yticks([-i for i in range(1, len(result["best"]))], list(result["best"])[1:], fontsize=8)
     right.set(title="hollow: one rate; full: own best", xlabel=f"area@1, less {result['reference']}'s")

@@ -172,9 +172,10 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Write an explorer's rollouts of many problems to a file.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--model", required=True, help="the explorer: a directory or a Hugging Face hub name")
-    add("--data", required=True, help="problems: JSONL as train.py's --data")
-    add("--out", required=True, help="JSONL to write; goes on where it was stopped")
+    needed = dict(required=True, default=argparse.SUPPRESS)  # --help then names no default
+    add("--model", **needed, help="the explorer: a directory or a Hugging Face hub name")
+    add("--data", **needed, help="problems: JSONL as train.py's --data")
+    add("--out", **needed, help="JSONL to write; goes on where it was stopped")
     add("--n", type=int, default=16, help="rollouts per problem")
     add("--shard", default="1/1", help="3/8: every eighth problem from the third on")
     add("--max-new-tokens", type=int, default=512, help="longest response")
