@@ -181,7 +181,7 @@ def use(kind, directory):
         problem, learner = reward.Problem("1+2=", "3"), types.SimpleNamespace(**vars(model))
         learner.head, learner.stop_ids = model.head, (0,)
         for i in range(9):
-            run = argparse.Namespace(learner=learner, prompts=[[i, 2]], problems=[problem], weights={})
+            run = argparse.Namespace(learner=learner, prompts=[[i, 2]], problems=[problem], hashes={})
             assert open_pool(args, run)(run.prompts, 1, torch.Generator()).lengths.shape == (1, 1)
     else:
         model, tokenizer = models.load(directory)
