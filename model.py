@@ -111,7 +111,9 @@ def attend(q, k, v, mask=None):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     grouped = q.reshape(*k.shape[:2], -1, q.shape[-1])  # [B, H, T, h] -> [B, K, H/K*T, h]
     if q.device.type == "cpu" and q.dtype == torch.float32 and grouped.shape[2] <= 16:  # SDPA: slow
-        return ((grouped * q.shape[-1] ** -0.5 @ k.mT + mask).softmax(-1) @ v).reshape(q.shape)
+        grouped, k, v, mask = (x.flatten(0, 1) for x in (grouped, k, v, mask.expand(-1, k.shape[1], -1, -1)))
+        scores = torch.baddbmm(mask, grouped, k.mT, alpha=q.shape[-1] ** -0.5)  # [B*K, H/K*T, S]
+        return (scores.softmax(-1) @ v).reshape(q.shape)
     return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).reshape(q.shape)
 
 
@@ -161,13 +163,17 @@ class Attention(nn.Module):
         self.head_dim = c.head_dim
         self.qkv_proj = Linear(c.hidden_size, sum(self.heads) * c.head_dim, bias=c.qkv_bias)
         self.o_proj = Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
-        self.q_norm = nn.RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
+        self.q_norm = nn.RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else None
+        self.k_norm = nn.RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else None
 
     def forward(self, x, cos, sin, past=None):
+        H, K, _ = self.heads
         qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))  # [B, T, D] -> [B, T, H+2K, h]
-        q, k, v = qkv.transpose(1, 2).split(self.heads, dim=1)  # [B, heads, T, h] each
-        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
+        qk, v = qkv.transpose(1, 2).split([H + K, K], dim=1)  # [B, heads, T, h] each
+        if self.q_norm:  # q and k together: a decoding step's time is its number of kernels
+            scale = torch.cat([self.q_norm.weight.expand(H, -1), self.k_norm.weight.expand(K, -1)])
+            qk = F.rms_norm(qk, scale.shape[-1:], eps=self.q_norm.eps) * scale[:, None]  # [H+K, 1, h]
+        q, k = rotate(qk, cos, sin).split([H, K], dim=1)
         y = attend(q, *past(k, v)) if past else attend(q, k, v)
         return self.o_proj(y.transpose(1, 2).flatten(2))  # [B, H, T, h] -> [B, T, H*h] -> [B, T, D]
 

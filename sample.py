@@ -191,7 +191,7 @@ def sample(model, prompts, n, generator, max_new_tokens, temperature=1.0, top_k=
         if len(idle) == len(running):
             logits = torch.zeros(R, len(model.head), device=device)
         else:  # [R, V]; idle rows decode too, at a slot that stands still. What they draw is thrown away
-            logits = step(model, token, cache, min(-(-longest // 64) * 64, slots))  # few different shapes
+            logits = step(model, token, cache, min(-(-longest // 16) * 16, slots))  # few different shapes
         cache.lengths += running
         if entering:
             seats, end = idle[:len(entering) * G], (P - len(waiting)) * G
