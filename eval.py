@@ -117,9 +117,6 @@ def new_figure(panels):
     return figure, figure.subplots(1, panels)
 
 
-LEARNER, EXPLORER, GRPO = "#0072b2", "#e69f00", "#777777"  # which colour-blind readers can tell apart
-
-
 def plot_curves(axis, ks, curves, title, styles=None):
     """Draws pass@k curves on a matplotlib axis and marks where the second overtakes the first."""
     for name, values in curves.items():
@@ -130,39 +127,6 @@ def plot_curves(axis, ks, curves, title, styles=None):
     axis.set_xticks(ks, [str(k) for k in ks])
     axis.minorticks_off()
     axis.legend(fontsize=9)
-
-
-def draw_run(path, history, problems, grpo=()):
-    """A training run's picture: pass@k before and after, and the learning curve over the explorer's share,
-    with its 95% interval over so many held-out problems. `grpo`: the history of plain GRPO, drawn beside."""
-    evals = [line for line in history if "eval_curve" in line]
-    if (figure := new_figure(2 if evals else 1)) is None:
-        return
-    figure, axes = figure
-    left, right = np.atleast_1d(axes)[[0, -1]]
-    if evals:
-        last = f"learner, step {evals[-1]['step']}"
-        curves = {"learner before": evals[0]["eval_curve"], "explorer": evals[0].get("explorer_curve"),
-                  last: evals[-1]["eval_curve"]}
-        styles = {"learner before": dict(color=LEARNER, linestyle="--"), "explorer": dict(color=EXPLORER),
-                  last: dict(color=LEARNER)}
-        ks = powers_of_two(2 ** (len(evals[0]["eval_curve"]) - 1))
-        curves = {name: curve for name, curve in curves.items() if curve}
-        plot_curves(left, ks, curves, "pass@k, held out", styles)
-    steps = [line for line in history if line["step"] > 0]
-    x, share, reward = ([line[name] for line in steps] for name in ("step", "share", "reward"))
-    right.fill_between(x, share, step="mid", alpha=0.2, color=EXPLORER, linewidth=0, label="explorer's share")
-    right.plot(x, reward, color="black", linewidth=0.8, label="reward in training")
-    for run, name, color in ((grpo, "plain GRPO", GRPO), (history, "held out", LEARNER)):
-        evals = [line for line in run if "eval_curve" in line]
-        x, at_1 = [line["step"] for line in evals], [line["eval_curve"][0] for line in evals]
-        if evals:
-            low, high = zip(*(interval(share, problems) for share in at_1))
-            right.fill_between(x, low, high, alpha=0.15, color=color, linewidth=0)
-            right.plot(x, at_1, "o-", markersize=4, color=color, label=f"{name}, pass@1")
-    right.set(xlabel="step", ylim=(0, 1.02), title="training")
-    right.legend(fontsize=9)
-    figure.savefig(path, dpi=130)
 
 
 # ---- the command line --------------------------------------------------------------------------------------

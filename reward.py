@@ -21,6 +21,7 @@ import json
 import re
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 from typing import NamedTuple
 
 INSTRUCTIONS = {"math": "Please reason step by step, and put your final answer within \\boxed{}.",
@@ -122,6 +123,8 @@ TASKS = {"habit": re.compile("[A-D][a-l]{2}[0-9]{6}="),  # what their questions 
 def load_problems(path):
     """[Problem], each once, from JSONL with `question`, `answer` and, optionally, `task`.
     ValueError names the file and line of a record that cannot be used; OSError if the file cannot be read."""
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such file; recipes/data.py writes problems from published data sets")
     problems, records = {}, 0  # a dictionary: DAPO-Math-17k has every problem about a hundred times
     with open(path, "rb") as file:
         try:

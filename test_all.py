@@ -1439,7 +1439,7 @@ def test_what_is_left_out_or_amiss_with_the_problems_is_said(family, tmp_path, c
     ("--eval-data long", "no problem is left"), ("--max-new-tokens 125", "no problem is left"),
     ("--data words", "no tokens for '?Wst'"), ("--mix-steps 5", "mix"),
     ("--explorer other", "differ in 2 tokens"), ("--group-size 1", "group"), ("--minibatches 9", "minibatch"),
-    ("--device nonsense", "nonsense"), ("--learner {laptop}", "gone.jsonl")])
+    ("--device nonsense", "nonsense"), ("--learner {laptop}", "gone.jsonl: no such file")])
 def test_bad_input_is_one_line_exit_code_2_and_nothing_made(
         change, complaint, family, tmp_path, capsys, monkeypatch):
     """Trap 27 among them: another tokeniser's ids are other words, and the learner would train on noise."""

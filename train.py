@@ -35,7 +35,7 @@ import numpy as np
 import torch
 
 from anneal import SCHEDULES, explorer_share, split_group
-from eval import draw_run, evaluate, pass_at_k, powers_of_two, table
+from eval import evaluate, pass_at_k, powers_of_two, table
 from grpo import LOSSES, OFF_POLICY, Optimizer, group_advantages, update
 from model import Transformer, add_lora, fingerprint, load, pick_device, save
 from reward import TASKS, load_problems, score
@@ -269,7 +269,7 @@ def load_run(args, open_explorer):
         print(f"warning: {len(seen)} held-out questions are in --data too: pass@k there is not held out",
               file=sys.stderr)
     learner.compiled, learner.checkpoint_layers = args.compile, args.checkpoint_layers
-    texts = hashlib.sha256(f"{problems}{held_out}".encode()).hexdigest()
+    texts = hashlib.sha256(f"{problems}{prompts}{held_out}".encode()).hexdigest()
     hashes, reference = {"learner": fingerprint(learner), "explorer": None, "problems": texts[:16]}, None
     if args.kl_coef:  # the learner as it began; with LoRA the same tensors, not copied, without adapters
         shared = {id(weight): weight for weight in learner.parameters()} if args.lora_rank else {}
@@ -417,7 +417,7 @@ def keep_books(args, run, line, batch, rollouts, scores, advantages, tokens, clo
     report(args, run, line, batch)
     if last or step == 1 or due(args.eval_every):
         from recipes import look
-        draw_run(out / "curve.png", run.history, len(run.eval_problems), look.plain_grpo(out))
+        look.draw(out, run.history, len(run.eval_problems))
         if step == 1:
             look.show_rollouts(problems, rollouts, scores, run.tokenizer)
         if tokens:

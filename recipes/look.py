@@ -1,4 +1,4 @@
-"""Rollouts to look at: one self-contained page of a run's groups, each token coloured.
+"""What a run shows: its curve, and one self-contained page of its groups, each token coloured.
 
     python recipes/look.py runs/NAME      makes runs/NAME/rollouts.html anew; train.py does, at evaluations
 
@@ -13,10 +13,14 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from eval import interval, new_figure, plot_curves, powers_of_two
 from sample import decode, printable
 
 GROUPS = 4  # a step's, those whose ratios went furthest
+LEARNER, EXPLORER, GRPO = "#0072b2", "#e69f00", "#777777"  # which colour-blind readers can tell apart
 SHOWN = "logp_gap", "ratio", "clip_fraction"
 
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Rollouts</title><style>
@@ -101,6 +105,39 @@ def show_rollouts(problems, rollouts, scores, tokenizer):
         who = "explorer" if rollouts.from_explorer[p, g] else "learner"
         print(f"  {name}: the {who}'s, reward {rewards[p, g]:g}: {printable(texts[p][g])[-500:]}")
     print(f"  of the question {problems[p].question[:500]!r}, whose answer is {problems[p].answer!r}")
+
+
+def draw(out, history, problems):
+    """Writes out/curve.png: pass@k before and after, and the learning curve over the explorer's share, with
+    its 95% interval over so many held-out problems. Plain GRPO's is beside it, where there is such a run."""
+    evals = [line for line in history if "eval_curve" in line]
+    if (figure := new_figure(2 if evals else 1)) is None:
+        return
+    figure, axes = figure
+    left, right = np.atleast_1d(axes)[[0, -1]]
+    if evals:
+        last = f"learner, step {evals[-1]['step']}"
+        curves = {"learner before": evals[0]["eval_curve"], "explorer": evals[0].get("explorer_curve"),
+                  last: evals[-1]["eval_curve"]}
+        styles = {"learner before": dict(color=LEARNER, linestyle="--"), "explorer": dict(color=EXPLORER),
+                  last: dict(color=LEARNER)}
+        ks = powers_of_two(2 ** (len(evals[0]["eval_curve"]) - 1))
+        curves = {name: curve for name, curve in curves.items() if curve}
+        plot_curves(left, ks, curves, "pass@k, held out", styles)
+    steps = [line for line in history if line["step"] > 0]
+    x, share, reward = ([line[name] for line in steps] for name in ("step", "share", "reward"))
+    right.fill_between(x, share, step="mid", alpha=0.2, color=EXPLORER, linewidth=0, label="explorer's share")
+    right.plot(x, reward, color="black", linewidth=0.8, label="reward in training")
+    for run, name, color in ((plain_grpo(out), "plain GRPO", GRPO), (history, "held out", LEARNER)):
+        evals = [line for line in run if "eval_curve" in line]
+        x, at_1 = [line["step"] for line in evals], [line["eval_curve"][0] for line in evals]
+        if evals:
+            low, high = zip(*(interval(share, problems) for share in at_1))
+            right.fill_between(x, low, high, alpha=0.15, color=color, linewidth=0)
+            right.plot(x, at_1, "o-", markersize=4, color=color, label=f"{name}, pass@1")
+    right.set(xlabel="step", ylim=(0, 1.02), title="training")
+    right.legend(fontsize=9)
+    figure.savefig(out / "curve.png", dpi=130)
 
 
 def plain_grpo(out):
