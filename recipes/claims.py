@@ -30,6 +30,7 @@ import shutil
 import signal
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -40,7 +41,8 @@ import model as models
 import reward
 import train
 from eval import crossover as find_crossover
-from eval import GRPO, LEARNER, headroom, new_figure, pass_at_k, plot_curves, powers_of_two, table
+from eval import headroom, new_figure, pass_at_k, plot_curves, powers_of_two, table
+from recipes import look
 from recipes.explorers import open_fleet, thinned
 from recipes.pairs import FIRST_PAIR, LADDER, RUNS, directory, make_member, measure, qualified
 from recipes.rescue import rescue
@@ -132,7 +134,8 @@ def run_quietly(base, flags, open_explorer=train.open_explorer, loop=train.train
     torch.set_num_threads(1)
     out = RUNS / f"worker-{os.getpid()}"
     shutil.rmtree(out, ignore_errors=True)
-    with open(os.devnull, "w") as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
+    with (open(os.devnull, "w") as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null),
+          mock.patch.object(look, "draw")):  # pictures that nobody sees would be a quarter of its time
         args = train.parse_flags([str(flag) for flag in (
             *STUDY, "--learner", base / "learner", "--explorer", base / "explorer",
             "--data", base / "train.jsonl", "--eval-data", base / "heldout.jsonl", "--out", out, *flags)])
@@ -292,7 +295,7 @@ def draw(path, result):
     others = itertools.cycle(("#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#8c6d1f", "black", "#7b3294",
                               "#b2182b"))
     for i, (arm, best) in enumerate(result["best"].items()):
-        color = {"GRPO": GRPO, "S2L-PO": LEARNER}.get(arm) or next(others)  # in all figures
+        color = {"GRPO": look.GRPO, "S2L-PO": look.LEARNER}.get(arm) or next(others)  # in all figures
         left.plot(np.arange(len(best["curve"])) * 8, best["curve"], "o-", markersize=3, color=color,
                   label=f"{arm} ({best['lr']:g})")
         for which, shift, marker in (("equal", -0.12, "o"), ("best", 0.12, "s")):

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import grpo
 import model as models
 import train as training
-from recipes import claims, look, pairs, remedies, worth
+from recipes import claims, look, overtrain, pairs, remedies, worth
 from test_all import family, flags, seeded  # noqa: F401
 
 
@@ -245,3 +245,61 @@ def test_verdicts():
         assert worth.judged(mean + spread).endswith(verdict), mean
     assert worth.judged(0.1 + spread[:3]).endswith("too few pairs")
     assert "won 4 of 4" in worth.judged(0.02 + spread)
+
+
+# ---- over-training -----------------------------------------------------------------------------------------
+
+def test_a_cells_result_is_that_of_its_pair_and_its_runs(study, family, monkeypatch, capsys):
+    """Made once: a second call only reports. Both arms, both seeds; the areas are those of the runs."""
+    made, left = [], []
+
+    def make_family(out, task, seed, corpus_size, epochs):
+        made.append((out.name, task, seed, corpus_size, epochs))
+        shutil.copytree(family, out)
+
+    def run_quietly(base, more):
+        args, run = claims.run_quietly(base, ("--steps", 8, "--mix-steps", 2, *more))
+        evals = [line["eval_strict_pass@1"] for line in run.history if line["step"] in (0, 8)]
+        left.append((Path(args.explorer).parent.name, args.seed, args.lr, sum(evals) / 2))
+        return args, run
+    here = {"make_family": make_family, "run_quietly": run_quietly, "CORPORA": (64, 128), "EPOCHS": (2,),
+            "ROLLOUTS": 32, "do": lambda jobs, workers, title, work, is_done: [
+                work(job) for job in jobs if not is_done(job)]}
+    for name, value in here.items():
+        monkeypatch.setattr(overtrain, name, value)
+    overtrain.main(["--pairs", "1"])
+    told = capsys.readouterr().out
+    assert made == [("natural-40-128x2", "natural", 40, 128, 2), ("natural-40-64x2", "natural", 40, 64, 2)]
+    assert [run[:3] for run in left] == [(explorer, seed, 4e-4) for pair in ("40-128x2", "40-64x2")
+                                         for explorer in ("", f"natural-{pair}") for seed in (0, 1)]
+    results = json.loads((worth.RUNS / "assets" / "overtrain.json").read_text())
+    assert [result["corpus"] for result in results] == [64, 128] and len(results[0]["learner"]) == 10
+    areas = [result[arm] for result in reversed(results) for arm in ("GRPO", "S2L-PO")]
+    assert sum(areas, []) == pytest.approx([run[3] for run in left])
+    assert told.count(" 2/2") + told.count(" 1/2") + told.count(" 0/2") == 2 and "always no" in told
+    overtrain.main(["--pairs", "1"])
+    assert capsys.readouterr().out == told and len(left) == 8
+
+
+def test_what_a_cell_is_like_by_hand():
+    """Two problems: the learner knows the first and never the second; the explorer now and then does both."""
+    result = {"learner": [64, 0], "explorer": [16, 32], "GRPO": [0.5, 0.6], "S2L-PO": [0.7, 0.5]}
+    cell = overtrain.cell_of([result])
+    at = [cell[key] for key in ("learner@1", "explorer@1", "learner@64", "explorer@64")]
+    assert at == pytest.approx([0.5, 0.375, 0.5, 1])
+    assert 1 < cell["crossover"] < 2 and cell["groups fail"] == 0.5 and cell["explorer's"] == 0.5
+    assert cell["gain"] == pytest.approx(0.05) and cell["won"] == "1/2" and cell["ratio"] == math.inf
+    assert cell["GRPO's headroom"] == 0 and cell["gap at 16"] > 0.4
+    behind = overtrain.cell_of([result | {"explorer": [0, 0]}])
+    assert behind["crossover"] is False and behind["ratio"] == 0
+
+
+def test_a_predictor_is_fitted_on_one_half_of_the_cells_and_scored_on_the_other():
+    assert overtrain.border([1, 2, 3, 4], [False, False, True, True]) == (2.5, 1)
+    assert overtrain.border([1, 2, 3, 4], [True, False, False, False]) == (1.5, -1)
+    assert overtrain.border([1, 2], [True, True])[0] == -math.inf
+    cell = lambda own, gain: dict.fromkeys(overtrain.PREDICTORS, 0.0) | {"own": own, "gain": gain}
+    cells = {(0, 0): cell(1, 0.1), (1, 1): cell(5, -0.1), (2, 0): cell(2, 0.1),
+             (0, 1): cell(2.9, 0.1), (1, 0): cell(6, 0.1), (1, 2): cell(9, -0.1), (3, 2): cell(8, -0.1)}
+    found = overtrain.predictions(cells)
+    assert found["own"] == (3.5, -1, 0.75) and found["always no"][2] == 0.5
