@@ -98,7 +98,7 @@ def project(x, weight):
     """x @ weight.T: [..., in] -> [..., out]. For few rows, as in decoding, a CPU's BLAS leaves all but one
     core idle: it shares out the rows. (weight @ x.T).T is shared out by output feature."""
     rows = x.flatten(0, -2)  # [..., in] -> [N, in]
-    if x.device.type == "cpu" and len(rows) <= 256:
+    if x.device.type == "cpu" and len(rows) <= 64:
         return (weight @ rows.T).T.unflatten(0, x.shape[:-1])
     return F.linear(x, weight)
 
