@@ -358,7 +358,7 @@ def test_freed_rows_are_refilled_and_no_row_depends_on_its_neighbours(monkeypatc
     """Through few rows: the rollouts of all rows at once, in fewer steps than batch after batch."""
     rows, step, batch_after_batch = [], sampling.decode_step, 0
     model, prompts = tiny_model(scale=0.25), [[i % 19 + 1, 5][:1 + i % 2] for i in range(12)]
-    for seed in range(8):  # so that any number of rows is idle at some time
+    for seed in range(2, 10):  # so that any number of rows is idle at some time
         whole = sampling.sample(model, prompts, 2, seeded(seed), 24)
         with monkeypatch.context() as patch:
             patch.setattr(sampling, "decode_step", lambda *given: rows.append(len(given[1])) or step(*given))
