@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import grpo
 import model as models
 import train as training
-from recipes import claims, look, overtrain, pairs, remedies, worth
+from recipes import claims, overtrain, pairs, remedies, worth
 from test_all import family, flags, seeded  # noqa: F401
 
 
@@ -168,7 +168,6 @@ def study(family, tmp_path, monkeypatch):
         worth.work(job) for job in jobs if not is_done(job)])
     for pair in (20, 23, 24):
         shutil.copytree(family, pairs.directory("natural", pair))
-    monkeypatch.setattr(look, "draw", lambda *_: None)
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
