@@ -163,17 +163,13 @@ class Attention(nn.Module):
         self.head_dim = c.head_dim
         self.qkv_proj = Linear(c.hidden_size, sum(self.heads) * c.head_dim, bias=c.qkv_bias)
         self.o_proj = Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
-        self.q_norm = nn.RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else None
-        self.k_norm = nn.RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else None
+        self.q_norm = nn.RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
 
     def forward(self, x, cos, sin, past=None):
-        H, K, _ = self.heads
         qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))  # [B, T, D] -> [B, T, H+2K, h]
-        qk, v = qkv.transpose(1, 2).split([H + K, K], dim=1)  # [B, heads, T, h] each
-        if self.q_norm:  # q and k together: a decoding step's time is its number of kernels
-            scale = torch.cat([self.q_norm.weight.expand(H, -1), self.k_norm.weight.expand(K, -1)])
-            qk = F.rms_norm(qk, scale.shape[-1:], eps=self.q_norm.eps) * scale[:, None]  # [H+K, 1, h]
-        q, k = rotate(qk, cos, sin).split([H, K], dim=1)
+        q, k, v = qkv.transpose(1, 2).split(self.heads, dim=1)  # [B, heads, T, h] each
+        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
         y = attend(q, *past(k, v)) if past else attend(q, k, v)
         return self.o_proj(y.transpose(1, 2).flatten(2))  # [B, H, T, h] -> [B, T, H*h] -> [B, T, D]
 
