@@ -139,7 +139,8 @@ def test_a_plan_counts_what_an_update_keeps_and_computes(more, tmp_path):
         "--group-size", G, "--max-new-tokens", T, "--minibatches", 1, *more)])
     prompts = torch.randint(1, 20, (P, L), generator=seeded()).tolist()
     rollouts, reference = sample(model, prompts, G, seeded(), T), model if args.kl_coef else None
-    with FlopCounterMode(display=False) as counter:
+    only_matmuls = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)  # which are counted
+    with only_matmuls, FlopCounterMode(display=False) as counter:
         grpo.update(model, reference, grpo.Optimizer(model, 0.0), prompts, rollouts, torch.randn(P, G),
                     seeded(), **training.update_settings(args))
     assert plan.plan(args, L)[1]["update"] == pytest.approx(counter.get_total_flops(), rel=0.1)
