@@ -1423,6 +1423,16 @@ def test_a_resumed_run_knows_that_its_problems_were_replaced(family, tmp_path, c
     assert code == 2 and "other settings: hash_of_problems" in error
 
 
+def test_a_resumed_run_knows_that_its_tokeniser_was_replaced(family, tmp_path, capsys):
+    """The same weights and texts, but other ids: what was learnt is then about other words."""
+    tokens = Path(shutil.copytree(family / "learner", tmp_path / "learner"), "tokenizer.json")
+    more = ("--learner", tmp_path / "learner", "--explorer", "none", "--steps", 1, "--eval-data", "")
+    train_here(family, tmp_path / "run", *more)
+    tokens.write_text(tokens.read_text().replace('"1"', '"?"').replace('"2"', '"1"').replace('"?"', '"2"'))
+    code, _, error = main_here(capsys, flags(family, tmp_path / "run", *more, "--resume"))
+    assert code == 2 and "other settings: hash_of_problems" in error
+
+
 def test_what_is_left_out_or_amiss_with_the_problems_is_said(family, tmp_path, capsys):
     """One prompt that is too long must not cost the run, and questions seen in training are no exam."""
     problems = reward.load_problems(family / "train.jsonl")

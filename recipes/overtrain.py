@@ -22,10 +22,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
 from eval import crossover, headroom, pass_at_k, powers_of_two
 from recipes.claims import area, do, run_quietly
@@ -80,11 +79,12 @@ def cell_of(results):
     at = lambda who, k: pass_at_k(right[who], ROLLOUTS, k)
     gains = np.array([np.subtract(result["S2L-PO"], result["GRPO"]) for result in results])  # [pairs, seeds]
     curves = [[at(who, k) for k in powers_of_two(ROLLOUTS)] for who in ("learner", "explorer")]
-    crosses = at("learner", 1) >= at("explorer", 1) and at("explorer", ROLLOUTS) > at("learner", ROLLOUTS)
+    level = at("learner", 1) > at("explorer", 1) - 1e-9  # rounding is no lead
+    crosses = level and at("explorer", ROLLOUTS) > at("learner", ROLLOUTS)
     fails, explorer, own = headroom(right["learner"], right["explorer"], ROLLOUTS, GROUP)
     return {"learner@1": at("learner", 1), "explorer@1": at("explorer", 1), "learner@64": curves[0][-1],
-            "explorer@64": curves[1][-1],
-            "crossover": crosses and crossover(powers_of_two(ROLLOUTS), *curves),
+            "explorer@64": curves[1][-1], "crosses": crosses,
+            "at k": crossover(powers_of_two(ROLLOUTS), *curves) if crosses else None,
             "groups fail": fails, "explorer's": explorer, "own": own,
             "GRPO": float(np.mean([result["GRPO"] for result in results])),
             "gain": float(gains.mean()), "won": f"{(gains > 0).sum()}/{gains.size}",
@@ -100,7 +100,8 @@ def border(values, won):
     """(threshold, sign) that gets most of `won` [N] right: won where sign * value > sign * threshold. The
     lowest of those that are equally good."""
     ordered = sorted(set(values))
-    middles = [-math.inf, *((a + b) / 2 for a, b in zip(ordered, ordered[1:])), math.inf]
+    between = [(a + min(b, 2 * abs(a) + 1)) / 2 for a, b in zip(ordered, ordered[1:])]  # b may be infinite
+    middles = [-math.inf, *between, math.inf]
     return max(itertools.product(middles, (1, -1)), key=lambda rule: accuracy(values, won, *rule))
 
 
@@ -127,13 +128,13 @@ def report(path):
         here = [r for r in results if (r["corpus"], r["epochs"]) == (corpus, epochs)]
         if here:
             cells[i, j] = {"corpus": corpus, "epochs": epochs} | cell_of(here)
-    shown = lambda x: f"{x:.3g}" if type(x) is float else "none" if x in (None, False) else str(x)
+    shown = lambda x: f"{x:.3g}" if type(x) is float else str(x)
     for n, cell in enumerate(cells.values()):
         if n == 0:
             print("".join(f"{name:>{len(name) + 2}}" for name in cell))
         print("".join(f"{shown(x):>{len(name) + 2}}" for name, x in cell.items()))
     for there in (True, False):
-        gains = [cell["gain"] for cell in cells.values() if bool(cell["crossover"]) == there]
+        gains = [cell["gain"] for cell in cells.values() if cell["crosses"] == there]
         print(f"{len(gains)} cells {'with' if there else 'without'} a crossover; S2L-PO gained in "
               f"{sum(gain > 0 for gain in gains)}")
     for name, (threshold, sign, right) in predictions(cells).items():
@@ -146,6 +147,8 @@ def main(argv=None):
     add("--pairs", type=int, default=PAIRS, help=f"base pairs of a cell ({PAIRS})")
     add("--workers", type=int, default=os.cpu_count(), help="processes of one thread each (all cores)")
     args = parser.parse_args(argv)
+    if args.pairs < 1 or args.workers < 1:
+        parser.error("--pairs and --workers start at 1")
     jobs = [(corpus, epochs, pair) for pair in range(FIRST, FIRST + args.pairs)
             for corpus, epochs in sorted(itertools.product(CORPORA, EPOCHS), key=math.prod, reverse=True)]
     try:

@@ -286,17 +286,21 @@ def test_what_a_cell_is_like_by_hand():
     cell = overtrain.cell_of([result])
     at = [cell[key] for key in ("learner@1", "explorer@1", "learner@64", "explorer@64")]
     assert at == pytest.approx([0.5, 0.375, 0.5, 1])
-    assert 1 < cell["crossover"] < 2 and cell["groups fail"] == 0.5 and cell["explorer's"] == 0.5
+    assert cell["crosses"] and 1 < cell["at k"] < 2
+    assert cell["groups fail"] == 0.5 and cell["explorer's"] == 0.5
     assert cell["gain"] == pytest.approx(0.05) and cell["won"] == "1/2" and cell["ratio"] == math.inf
     assert cell["GRPO's headroom"] == 0 and cell["gap at 16"] > 0.4
     behind = overtrain.cell_of([result | {"explorer": [0, 0]}])
-    assert behind["crossover"] is False and behind["ratio"] == 0
+    assert not behind["crosses"] and behind["at k"] is None and behind["ratio"] == 0
+    level = overtrain.cell_of([result | {"learner": [64, 0], "explorer": [32, 32]}])
+    assert level["crosses"]  # level at k = 1, and ahead from there on
 
 
 def test_a_predictor_is_fitted_on_one_half_of_the_cells_and_scored_on_the_other():
     assert overtrain.border([1, 2, 3, 4], [False, False, True, True]) == (2.5, 1)
     assert overtrain.border([1, 2, 3, 4], [True, False, False, False]) == (1.5, -1)
     assert overtrain.border([1, 2], [True, True])[0] == -math.inf
+    assert overtrain.border([2, 3, math.inf], [False, False, True]) == (5, 1)
     cell = lambda own, gain: dict.fromkeys(overtrain.PREDICTORS, 0.0) | {"own": own, "gain": gain}
     cells = {(0, 0): cell(1, 0.1), (1, 1): cell(5, -0.1), (2, 0): cell(2, 0.1),
              (0, 1): cell(2.9, 0.1), (1, 0): cell(6, 0.1), (1, 2): cell(9, -0.1), (3, 2): cell(8, -0.1)}
