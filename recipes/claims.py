@@ -140,7 +140,7 @@ def run_quietly(base, flags, open_explorer=train.open_explorer, loop=train.train
             *STUDY, "--learner", base / "learner", "--explorer", base / "explorer",
             "--data", base / "train.jsonl", "--eval-data", base / "heldout.jsonl", "--out", out, *flags)])
         run, explore = train.load_run(args, open_explorer)
-        train.evaluate_base_models(args, run, explore)
+        train.evaluate_base_models(args, run, None)  # of the learner alone
         loop(args, run, explore)
     return args, run
 

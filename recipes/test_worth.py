@@ -196,6 +196,10 @@ def test_a_killed_study_goes_on_and_its_report_needs_no_runs(study, monkeypatch,
     shutil.rmtree(worth.RUNS / "results")
     worth.main(["report", *asked])
     assert told.endswith(capsys.readouterr().out) and (worth.RUNS / "assets/worth.png").exists()
+    worth.main(["search", *asked])  # on another machine: the runs of `confirm` stay published
+    assert len(jobs) == 12 and capsys.readouterr()
+    worth.main(["report", *asked])
+    assert told.endswith(capsys.readouterr().out)
     with pytest.raises(SystemExit, match="2"):
         worth.main(["report", *asked, "--arms", "MaxRL"])  # not searched
 
@@ -217,9 +221,10 @@ def test_a_runs_numbers_are_those_of_its_metrics(study, monkeypatch):
 
 def test_the_report_of_places_where_nothing_may_be_lost(capsys):
     """Paired by pair and seed in whatever order; the search's pairs and other rates stay out."""
-    runs = {("twin", pair, arm, rate, seed): {"strict@1": [0.1 * pair + 0.01 * seed + gain] * 2}
+    runs = {(place, pair, arm, rate, seed): {"strict@1": [0.1 * pair + 0.01 * seed + gain] * 2}
             for rate, less in (("--lr 0.0008", 0.02), ("--lr 0.0004", -0.02)) for seed in (1, 0)
-            for pair in (26, 24, 20, 25, 23) for arm, gain in (("GRPO", 0), ("rescue, positive", less))}
+            for pair in (26, 24, 20, 25, 23)
+            for place, arm, gain in (("pruned", "GRPO", 0), ("twin", "rescue, positive", less))}
     worth.report_boundary(runs)
     assert capsys.readouterr().out.splitlines() == [
         "twin       rescue, positive     --lr 0.0004, less GRPO: -0.020 [-0.020, -0.020], won 0 of 8: worse",

@@ -63,6 +63,7 @@ PLACES = {  # name: (task, learner, explorer, steps); `home` is the study, at th
     "home": ("habit", "learner", "explorer", 96), "natural": ("natural", "learner", "explorer", 32),
     **{name: ("habit", name, "explorer", 32) for name in ("noise 8%", "noise 32%")},
     **{name: ("habit", "learner", name, 32) for name in ("pruned", "twin", "epoch 3")}}
+LIKE = {"twin": "pruned", "epoch 3": "pruned"}  # these differ in the explorer alone: GRPO runs at one of them
 NO_T_MIX = "rescue, positive", "measured, positive"
 KEY = "place", "pair", "arm", "setting", "seed"  # of a run
 
@@ -82,7 +83,6 @@ def work(job):
     flags = ("--learner", base / learner, "--explorer", base / explorer, "--steps", steps, "--mix-steps", 16,
              "--seed", seed, *ARMS[arm].split(), *setting.split())
     args, run = run_quietly(base, flags, loop=OWN_LOOPS.get(arm, train.train))
-    cold = train.evaluate_model(args, run, partial(train.learner_of(args, run), temperature=0.7))
     size = {who: sum(p.numel() for p in models.load(base / name)[0].parameters())
             for who, name in (("learner", learner), ("explorer", explorer))}
     spent = np.cumsum([flops(line, size) if line["step"] else 0 for line in run.history]).tolist()
@@ -90,7 +90,9 @@ def work(job):
     keys = {"step": "step", "flops": "flops", "strict@1": "eval_strict_pass@1",
             "strict@16": "eval_strict_pass@16", "answer@1": "eval_pass@1"}
     result = dict(zip(KEY, job)) | {name: [line[key] for line in evals] for name, key in keys.items()}
-    result["cold"] = cold["eval_strict_pass@1"]
+    if place == "home":
+        cold = train.evaluate_model(args, run, partial(train.learner_of(args, run), temperature=0.7))
+        result["cold"] = cold["eval_strict_pass@1"]
     path_of(job).parent.mkdir(parents=True, exist_ok=True)
     train.write_whole(path_of(job), lambda file: file.write(json.dumps(result).encode()))
     shutil.rmtree(args.out)
@@ -104,16 +106,24 @@ def flops(line, size):
 
 
 def make_runs(args, title, jobs):
-    """Makes the runs that are not there, and publishes all that are. Returns {job: run}."""
+    """Makes the runs that are not there, and publishes them beside those that are. Returns {job: run}."""
     do(jobs, args.workers, title, work, lambda job: path_of(job).exists())
-    found = [json.loads(path.read_text()) for path in sorted((RUNS / "results").rglob("*.json"))]
+    made = [json.loads(path.read_text()) for path in sorted((RUNS / "results").rglob("*.json"))]
+    runs = (published(args) if archive(args).exists() else {}) | by_job(made)
     args.assets.mkdir(parents=True, exist_ok=True)
-    (args.assets / "runs.json.gz").write_bytes(gzip.compress(json.dumps(found).encode(), mtime=0))
-    return published(args)
+    archive(args).write_bytes(gzip.compress(json.dumps([*runs.values()]).encode(), mtime=0))
+    return runs
 
 
 def published(args):
-    runs = json.loads(gzip.decompress((args.assets / "runs.json.gz").read_bytes()))
+    return by_job(json.loads(gzip.decompress(archive(args).read_bytes())))
+
+
+def archive(args):
+    return args.assets / "runs.json.gz"
+
+
+def by_job(runs):
     return {tuple(run[key] for key in KEY): run for run in runs}
 
 
@@ -153,8 +163,9 @@ def boundary(args):
         make_models(task, range(FIRST, FIRST + args.pairs), (), args.workers)
         pairs, seeds = qualified(task, args.pairs, FIRST), range(args.seeds)
         make_models(task, pairs, {*who} - {"learner", "explorer"}, args.workers)
+        arms = NO_T_MIX if place in LIKE else ("GRPO", *NO_T_MIX)
         make_runs(args, place, [(place, pair, arm, rate, seed) for seed in seeds for pair in pairs
-                                for arm in ("GRPO", *NO_T_MIX) for rate in RATES[1:]])
+                                for arm in arms for rate in RATES[1:]])
     report_boundary(published(args))
 
 
@@ -218,7 +229,7 @@ def confirmed(runs, arms):
 
 def report_boundary(runs):
     for place, arm, rate in itertools.product(list(PLACES)[1:], NO_T_MIX, RATES[1:]):
-        mine, grpo = (runs_of(runs, place, who, rate) for who in (arm, "GRPO"))
+        mine, grpo = runs_of(runs, place, arm, rate), runs_of(runs, LIKE.get(place, place), "GRPO", rate)
         if mine and mine.keys() == grpo.keys():
             less = {key: area(mine[key]["strict@1"]) - area(grpo[key]["strict@1"]) for key in mine}
             print(f"{place:10} {arm:20} {rate}, less GRPO: {judged(by_pair(less), NEVER_LOSE)}")
