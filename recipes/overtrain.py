@@ -8,8 +8,9 @@ that sees few texts many times learns them by heart. So a large learner may beco
 any habit built in, while a small explorer cannot. The question is where that makes pass@k cross over, whether
 S2L-PO gains there, and what would have foretold it before training.
 
-Finished jobs are kept under runs/worth/overtrain: an interrupted command goes on where it stopped. With
-fewer than 3 pairs the result is published to runs/worth/assets, not to assets/worth.
+Finished jobs are kept under runs/worth/overtrain, and published when the command ends or is interrupted: it
+goes on where it stopped, on another machine too. With fewer than 3 pairs the result is published to
+runs/worth/assets, not to assets/worth.
 """
 import argparse
 import contextlib
@@ -122,12 +123,16 @@ def predictions(cells):
     return found
 
 
-def report(path):
-    results, cells = json.loads(path.read_text()), {}
+def read(path):
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def report(results):
+    cells = {}
     for (i, corpus), (j, epochs) in itertools.product(enumerate(CORPORA), enumerate(EPOCHS)):
         here = [r for r in results if (r["corpus"], r["epochs"]) == (corpus, epochs)]
         if here:
-            cells[i, j] = {"corpus": corpus, "epochs": epochs} | cell_of(here)
+            cells[i, j] = {"corpus": corpus, "epochs": epochs, "pairs": len(here)} | cell_of(here)
     shown = lambda x: f"{x:.3g}" if type(x) is float else str(x)
     for n, cell in enumerate(cells.values()):
         if n == 0:
@@ -137,6 +142,9 @@ def report(path):
         gains = [cell["gain"] for cell in cells.values() if cell["crosses"] == there]
         print(f"{len(gains)} cells {'with' if there else 'without'} a crossover; S2L-PO gained in "
               f"{sum(gain > 0 for gain in gains)}")
+    if len(cells) < len(CORPORA) * len(EPOCHS):
+        print(f"no predictions yet: {len(cells)} cells of {len(CORPORA) * len(EPOCHS)}")
+        return
     for name, (threshold, sign, right) in predictions(cells).items():
         print(f"{name:16} says yes {'above' if sign > 0 else 'below'} {threshold:8.3g}: right in {right:.0%}")
 
@@ -149,16 +157,22 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.pairs < 1 or args.workers < 1:
         parser.error("--pairs and --workers start at 1")
-    jobs = [(corpus, epochs, pair) for pair in range(FIRST, FIRST + args.pairs)
-            for corpus, epochs in sorted(itertools.product(CORPORA, EPOCHS), key=math.prod, reverse=True)]
-    try:
-        do(jobs, args.workers, "cells", work, lambda job: path_of(job).exists())
-    except KeyboardInterrupt:
-        parser.exit(130, "stopped: the same command goes on\n")
+    jobs = sorted(itertools.product(CORPORA, EPOCHS, range(FIRST, FIRST + args.pairs)),
+                  key=lambda job: job[0] * job[1])  # the cheap ones first
     path = (ASSETS if args.pairs >= PAIRS else RUNS / "assets") / "overtrain.json"
+    published = [tuple(result[name] for name in ("corpus", "epochs", "pair")) for result in read(path)]
+    code = 0
+    try:
+        do([job for job in jobs if job not in published], args.workers, "cells", work,
+           lambda job: path_of(job).exists())
+    except KeyboardInterrupt:
+        code = 130
+    made = [json.loads(path_of(job).read_text()) for job in jobs if path_of(job).exists()]
+    results = [result for result in read(path) if result not in made] + made
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([json.loads(path_of(job).read_text()) for job in sorted(jobs)]))
-    report(path)
+    path.write_text(json.dumps(sorted(results, key=lambda result: [*result.values()][:3])))
+    report(results)
+    parser.exit(code, "stopped: the same command goes on\n" if code else None)
 
 
 if __name__ == "__main__":

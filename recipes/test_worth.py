@@ -254,7 +254,8 @@ def test_verdicts():
 # ---- over-training -----------------------------------------------------------------------------------------
 
 def test_a_cells_result_is_that_of_its_pair_and_its_runs(study, family, monkeypatch, capsys):
-    """Made once: a second call only reports. Both arms, both seeds; the areas are those of the runs."""
+    """Made once, goes on after Ctrl-C, and what is published needs no runs. Both arms, both seeds; the areas are
+    those of the runs."""
     made, left = [], []
 
     def make_family(out, task, seed, corpus_size, epochs):
@@ -266,22 +267,33 @@ def test_a_cells_result_is_that_of_its_pair_and_its_runs(study, family, monkeypa
         evals = [line["eval_strict_pass@1"] for line in run.history if line["step"] in (0, 8)]
         left.append((Path(args.explorer).parent.name, args.seed, args.lr, sum(evals) / 2))
         return args, run
+
+    def do(jobs, workers, title, work, is_done):
+        for job in jobs:
+            work(job)
+            if len(made) == 1:
+                raise KeyboardInterrupt
+
     here = {"make_family": make_family, "run_quietly": run_quietly, "CORPORA": (64, 128), "EPOCHS": (2,),
-            "ROLLOUTS": 32, "do": lambda jobs, workers, title, work, is_done: [
-                work(job) for job in jobs if not is_done(job)]}
+            "ROLLOUTS": 32, "do": do}
     for name, value in here.items():
         monkeypatch.setattr(overtrain, name, value)
-    overtrain.main(["--pairs", "1"])
-    told = capsys.readouterr().out
-    assert made == [("natural-40-128x2", "natural", 40, 128, 2), ("natural-40-64x2", "natural", 40, 64, 2)]
-    assert [run[:3] for run in left] == [(explorer, seed, 4e-4) for pair in ("40-128x2", "40-64x2")
+    for code in (130, 0):
+        with pytest.raises(SystemExit, match=f"^{code}$"):
+            overtrain.main(["--pairs", "1"])
+        told = capsys.readouterr().out
+        assert ("no predictions yet: 1 cells of 2" in told) == bool(code)
+    assert made == [("natural-40-64x2", "natural", 40, 64, 2), ("natural-40-128x2", "natural", 40, 128, 2)]
+    assert [run[:3] for run in left] == [(explorer, seed, 4e-4) for pair in ("40-64x2", "40-128x2")
                                          for explorer in ("", f"natural-{pair}") for seed in (0, 1)]
     results = json.loads((worth.RUNS / "assets" / "overtrain.json").read_text())
     assert [result["corpus"] for result in results] == [64, 128] and len(results[0]["learner"]) == 10
-    areas = [result[arm] for result in reversed(results) for arm in ("GRPO", "S2L-PO")]
+    areas = [result[arm] for result in results for arm in ("GRPO", "S2L-PO")]
     assert sum(areas, []) == pytest.approx([run[3] for run in left])
     assert told.count(" 2/2") + told.count(" 1/2") + told.count(" 0/2") == 2 and "always no" in told
-    overtrain.main(["--pairs", "1"])
+    shutil.rmtree(worth.RUNS / "overtrain")  # what is published is not made again
+    with pytest.raises(SystemExit, match="^0$"):
+        overtrain.main(["--pairs", "1"])
     assert capsys.readouterr().out == told and len(left) == 8
 
 
