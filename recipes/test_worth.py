@@ -196,12 +196,12 @@ def test_a_killed_study_goes_on_and_its_report_needs_no_runs(study, monkeypatch,
     shutil.rmtree(worth.RUNS / "results")
     worth.main(["report", *asked])
     assert told.endswith(capsys.readouterr().out) and (worth.RUNS / "assets/worth.png").exists()
-    worth.main(["search", *asked])  # on another machine: the runs of `confirm` stay published
-    assert len(jobs) == 12 and capsys.readouterr()
+    worth.main(["search", *asked, "--arms", "GRPO", "MaxRL"])  # on another machine: two new runs beside the old
+    assert [job[2] for job in jobs[8:]] == ["MaxRL"] * 2 and capsys.readouterr()
     worth.main(["report", *asked])
     assert told.endswith(capsys.readouterr().out)
     with pytest.raises(SystemExit, match="2"):
-        worth.main(["report", *asked, "--arms", "MaxRL"])  # not searched
+        worth.main(["report", *asked, "--arms", "clip-high .28"])  # not searched
 
 
 def test_a_runs_numbers_are_those_of_its_metrics(study, monkeypatch):

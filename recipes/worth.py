@@ -7,8 +7,9 @@
 
 An *arm* is a set of train.py's flags and, for some, the loop `variant` below. A *setting* is the flags that
 are searched. Pairs, workers and intervals are those of recipes/claims.py. Finished runs are kept under
-runs/worth: an interrupted command goes on where it stopped. Below 8 pairs or 3 seeds it is a small look,
-which publishes to runs/worth/assets.
+runs/worth: an interrupted command goes on where it stopped. What is published is not made again: to make it
+anew, remove assets/worth/runs.json.gz. Below 8 pairs or 3 seeds it is a small look, which publishes to
+runs/worth/assets.
 
 FLOPs are estimated: 2 x parameters for each token sampled, by the model that sampled it, thrown away or not;
 6 x parameters for each token trained on, and 2 x for pi_old's pass over it. Tokens of groups that teach
@@ -106,24 +107,19 @@ def flops(line, size):
 
 
 def make_runs(args, title, jobs):
-    """Makes the runs that are not there, and publishes them beside those that are. Returns {job: run}."""
-    do(jobs, args.workers, title, work, lambda job: path_of(job).exists())
+    """Makes the runs that are neither published nor there, and publishes all. Returns {job: run}."""
+    runs = published(args)
+    do([job for job in jobs if job not in runs], args.workers, title, work, lambda job: path_of(job).exists())
     made = [json.loads(path.read_text()) for path in sorted((RUNS / "results").rglob("*.json"))]
-    runs = (published(args) if archive(args).exists() else {}) | by_job(made)
+    runs |= {tuple(run[key] for key in KEY): run for run in made}
     args.assets.mkdir(parents=True, exist_ok=True)
-    archive(args).write_bytes(gzip.compress(json.dumps([*runs.values()]).encode(), mtime=0))
+    (args.assets / "runs.json.gz").write_bytes(gzip.compress(json.dumps([*runs.values()]).encode(), mtime=0))
     return runs
 
 
 def published(args):
-    return by_job(json.loads(gzip.decompress(archive(args).read_bytes())))
-
-
-def archive(args):
-    return args.assets / "runs.json.gz"
-
-
-def by_job(runs):
+    path = args.assets / "runs.json.gz"
+    runs = json.loads(gzip.decompress(path.read_bytes())) if path.exists() else []
     return {tuple(run[key] for key in KEY): run for run in runs}
 
 
