@@ -196,7 +196,7 @@ def test_a_killed_study_goes_on_and_its_report_needs_no_runs(study, monkeypatch,
     shutil.rmtree(worth.RUNS / "results")
     worth.main(["report", *asked])
     assert told.endswith(capsys.readouterr().out) and (worth.RUNS / "assets/worth.png").exists()
-    worth.main(["search", *asked, "--arms", "GRPO", "MaxRL"])  # on another machine: two new runs beside the old
+    worth.main(["search", *asked, "--arms", "GRPO", "MaxRL"])  # on another machine
     assert [job[2] for job in jobs[8:]] == ["MaxRL"] * 2 and capsys.readouterr()
     worth.main(["report", *asked])
     assert told.endswith(capsys.readouterr().out)
@@ -254,8 +254,8 @@ def test_verdicts():
 # ---- over-training -----------------------------------------------------------------------------------------
 
 def test_a_cells_result_is_that_of_its_pair_and_its_runs(study, family, monkeypatch, capsys):
-    """Made once, goes on after Ctrl-C, and what is published needs no runs. Both arms, both seeds; the areas are
-    those of the runs."""
+    """Made once, goes on after Ctrl-C, and what is published needs no runs. Both arms, both seeds; the areas
+    are those of the runs."""
     made, left = [], []
 
     def make_family(out, task, seed, corpus_size, epochs):

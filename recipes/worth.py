@@ -238,9 +238,9 @@ def report(args):
     less = lambda key, first, second: found[first][key] - found[second][key]
     keys, of = [key for key in found[REFERENCE] if key != "curve"], found[REFERENCE]["equal"].shape
     print(f"\n{of[0]} pairs x {of[1]} seeds; equal: area at equal FLOPs; cost: FLOPs over {REFERENCE}'s\n"
-          f"{'':20}" + "".join(f"{key:>8}" for key in keys) + f"   equal | area, less {REFERENCE}'s")
+          f"{'':20}" + "".join(f"{key:>8}" for key in keys) + f"   equal | area | last, less {REFERENCE}'s")
     for arm, row in found.items():
-        against = [judged(less(key, arm, REFERENCE)) for key in ("equal", "area") if arm != REFERENCE]
+        against = [judged(less(key, arm, REFERENCE)) for key in ("equal", "area", "last") if arm != REFERENCE]
         print(f"{arm:20}" + "".join(f"{row[key].mean():8.3f}" for key in keys) + "   " + " | ".join(against))
     for what, key, first, second in HYPOTHESES:
         if {first, second} <= found.keys():
