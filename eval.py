@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from model import fingerprint, load, pick_device
 from reward import Score, load_problems, score
-from sample import decode, encode, sample
+from sample import check_lengths, decode, encode, sample
 
 
 def pass_at_k(correct, n, k):
@@ -159,11 +159,8 @@ def parse_flags():
     add("--device", default="auto", help="auto: cuda, then mps, then cpu")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and activations")
     add("--out", default=time.strftime("runs/eval-%Y%m%d-%H%M%S"), help="directory of results and picture")
-    args = parser.parse_args()
-    if args.mode:
-        parser.set_defaults(**MODES[args.mode])
-        args = parser.parse_args()
-    return args
+    parser.set_defaults(**MODES.get(parser.parse_args().mode, {}))  # flags that are given win
+    return parser.parse_args()
 
 
 def results_of(write, tokenizer, problems_of, settings, out):
@@ -220,6 +217,9 @@ def main():
         results = {}
         for name in args.model:
             model, tokenizer = load(name, pick_device(args.device), getattr(torch, args.dtype))
+            for some in problems.values():  # before the first is sampled, not hours later
+                prompts = [encode(p.prompt, tokenizer, p.in_words, args.thinking) for p in some]
+                check_lengths(model, prompts, args.max_new_tokens)
             write = partial(sample, model, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
                             top_k=args.top_k, top_p=args.top_p, presence_penalty=args.presence_penalty,
                             rows=args.rollout_rows)

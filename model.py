@@ -89,8 +89,7 @@ def rotary(positions, c: Config, dtype):
 
 
 def rotate(x, cos, sin):
-    """Rotates each channel pair by its position's angle: (left, right) -> (left cos - right sin, right cos +
-    left sin)."""
+    """(left, right) of each channel pair -> (left cos - right sin, right cos + left sin)."""
     return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
@@ -455,8 +454,7 @@ def save(model, tokenizer, directory):
     dtype = str(model.layers[0].self_attn.o_proj.weight.dtype).removeprefix("torch.")
     (partial / "config.json").write_text(json.dumps(model.hf_config | {"dtype": dtype}, indent=2))
     (partial / "generation_config.json").write_text(json.dumps({"eos_token_id": list(model.stop_ids)}))
-    weights = {name: weight.contiguous() for name, weight in hf_weights(model).items()}
-    save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
+    save_file(hf_weights(model), partial / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save_pretrained(partial)
     shutil.rmtree(directory, ignore_errors=True)
     os.replace(partial, directory)

@@ -128,7 +128,6 @@ def load_problems(path):
     problems, records = {}, 0  # a dictionary: DAPO-Math-17k has every problem about a hundred times
     with open(path, "rb") as file:
         try:
-            number = 0
             for number, line in enumerate(file, 1):
                 if line.strip():
                     problems[as_problem(json.loads(line.decode("utf-8-sig")))] = None

@@ -153,7 +153,7 @@ def sample(model, prompts, n, generator, max_new_tokens, temperature=1.0, top_k=
 
     `generator` is a CPU torch.Generator: the same one gives the same uniform numbers on every device.
     ValueError for settings out of range, and for a prompt that leaves no room for max_new_tokens."""
-    if n < 1 or max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
+    if n < 1 or max_new_tokens < 1 or not temperature >= 0 or not 0 < top_p <= 1 or top_k < 0:
         raise ValueError(f"cannot sample n={n}, max_new_tokens={max_new_tokens}, temperature={temperature}, "
                          f"top_k={top_k}, top_p={top_p}: n and tokens start at 1, top_p lies in (0, 1]")
     check_lengths(model, prompts, max_new_tokens)

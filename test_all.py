@@ -423,8 +423,8 @@ def test_presence_penalty_counts_what_was_written():
 
 @pytest.mark.parametrize("change, complaint", [
     ({"n": 0}, "cannot sample"), ({"temperature": -1}, "cannot sample"), ({"top_p": 1.1}, "cannot sample"),
-    ({"max_new_tokens": 63}, "prompt 2 has 2 tokens"), ({"prompts": [[1], []]}, "prompt 2 is empty"),
-    ({"prompts": [[1], [3, 20]]}, "prompt 2 holds token 20")])
+    ({"temperature": math.nan}, "cannot sample"), ({"max_new_tokens": 63}, "prompt 2 has 2 tokens"),
+    ({"prompts": [[1], []]}, "prompt 2 is empty"), ({"prompts": [[1], [3, 20]]}, "prompt 2 holds token 20")])
 def test_what_cannot_be_sampled_is_refused(change, complaint):
     settings = {"prompts": [[5], [6, 7]], "n": 1, "generator": seeded(), "max_new_tokens": 2} | change
     with pytest.raises(ValueError, match=complaint):
@@ -1181,6 +1181,17 @@ def test_eval_cli_keeps_results_and_knows_a_replaced_model(family, tmp_path, mon
     models.save(model, tokenizer, tmp_path / "model")
     assert evaluated() != text and ran == [16, 4]
     assert evaluated("--seed", 1) and ran == [16, 4, 16, 4]
+    long = [*reward.load_problems(family / "train.jsonl"), reward.Problem("1+1" * 42 + "=", "2")]
+    reward.save_problems(long, tmp_path / "long")
+    with pytest.raises(SystemExit):
+        evaluated("--data", tmp_path / "long")
+    assert f"prompt {len(long)} has 150 tokens" in capsys.readouterr().err and ran == []  # not hours later
+
+
+def test_a_mode_of_evaluation_gives_way_to_flags(monkeypatch):
+    monkeypatch.setattr(sys, "argv", "eval.py --model x --data y --mode nothink --top-p 0.9".split())
+    args = evaluation.parse_flags()
+    assert (args.temperature, args.top_p, args.top_k, args.presence_penalty) == (0.7, 0.9, 20, 1.5)
 
 
 def test_sample_cli_prints_no_terminal_escapes(family, monkeypatch, capsys):
@@ -1284,15 +1295,16 @@ def test_a_signal_within_an_update_ends_the_run_with_the_step(number, times, cod
         resumes(out, *more)
 
 
-@pytest.mark.parametrize("damage", ["cut short", "one bit"])
+@pytest.mark.parametrize("damage", ["cut short", "one bit", "in the directory"])
 def test_a_damaged_checkpoint_is_passed_over(damage, family, tmp_path, capsys, resumes):
     """torch.load looks at no checksum: after one flipped bit, training goes on from what nobody learnt."""
     out, more = tmp_path / "run", ("--save-every", 1, "--eval-data", "")
     run, _ = train_here(family, out, *more)
     before, newest = sorted(out.glob("checkpoint_*.pt"))  # two are kept
     data = bytearray(newest.read_bytes())
-    data[data.index(run.optimizer.masters[0].detach().numpy().tobytes()) + 50] ^= 1  # within a weight
-    newest.write_bytes(data if damage == "one bit" else data[:-100])
+    weight = data.index(run.optimizer.masters[0].detach().numpy().tobytes())
+    data[data.index(b"PK\1\2") + 10 if damage == "in the directory" else weight + 50] ^= 1  # how it is packed
+    newest.write_bytes(data[:-100] if damage == "cut short" else data)
     (out / "checkpoint_000009.pt.partial").write_bytes(b"torn")
     resumes(out, *more)
     said = capsys.readouterr()
@@ -1335,15 +1347,16 @@ def test_one_experiment_an_out(family, tmp_path, capsys):
     more = ("--learner", tmp_path / "learner", "--steps", 2, "--lr", 1e-3, "--eval-data", "")
     contents = lambda: {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
 
-    def refused(out, complaint, *extra):
+    def refused(out, complaint, *extra, **recipe):
         before = contents()
-        code, _, error = main_here(capsys, flags(family, tmp_path / out, *more, *extra))
+        code, _, error = main_here(capsys, flags(family, tmp_path / out, *more, *extra), **recipe)
         assert code == 2 and complaint in error and error.count("\n") == 1 and contents() == before, error
     train_here(family, tmp_path / "run", *more)
     for out in ("run", "notes", "learner"):
         refused(out, f"{out} is there already")
     refused("notes", "notes holds no run", "--resume")
     refused("learner", "other settings", "--resume")
+    refused("run", "other settings: recipe None -> rescue", "--resume", recipe="rescue")
     refused("run", "other settings: lr 0.001 -> 0.0001, seed 0 -> 3\n", "--resume", "--lr", 1e-4, "--seed", 3)
     train_here(family, tmp_path / "run", "--resume", *more, "--micro-batch-tokens", 64)  # no part of it
     shutil.copytree(tmp_path / "run" / "learner", tmp_path / "learner", dirs_exist_ok=True)
@@ -1449,6 +1462,7 @@ def test_what_is_left_out_or_amiss_with_the_problems_is_said(family, tmp_path, c
     ("--eval-data long", "no problem is left"), ("--max-new-tokens 125", "no problem is left"),
     ("--data words", "no tokens for '?Wst'"), ("--mix-steps 5", "mix"),
     ("--explorer other", "differ in 2 tokens"), ("--group-size 1", "group"), ("--minibatches 9", "minibatch"),
+    ("--explorer short --eval-data longer", "not fit the model's context of 24"),
     ("--device nonsense", "nonsense"), ("--learner {laptop}", "gone.jsonl: no such file")])
 def test_bad_input_is_one_line_exit_code_2_and_nothing_made(
         change, complaint, family, tmp_path, capsys, monkeypatch):
@@ -1459,6 +1473,9 @@ def test_bad_input_is_one_line_exit_code_2_and_nothing_made(
     Path("broken").write_text((family / "train.jsonl").read_text()[:60] + "\n")
     reward.save_problems([reward.Problem("1+1" * 100, "2")], "long")
     reward.save_problems([reward.Problem("What is 1+1?", "2")], "words")
+    reward.save_problems([reward.Problem("1+1" * 10 + "=", "2")], "longer")
+    config = Path(shutil.copytree(family / "explorer", "short"), "config.json")
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 24}))
     tokens = Path(shutil.copytree(family / "explorer", "other"), "tokenizer.json")
     tokens.write_text(tokens.read_text().replace('"b"', '"B2"'))
     argv, before = flags(family, "run", *change.split()), {*tmp_path.iterdir()}

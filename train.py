@@ -126,7 +126,7 @@ def parse_flags(argv=None):
     add("--learner", help="model to train: a directory or a Hugging Face hub name")
     add("--explorer", help="frozen model that explores; or its rollouts, .jsonl by recipes/pool.py; or none")
     add("--data", help="problems: JSONL with question and answer; recipes/data.py makes it of data sets")
-    add("--eval-data", help="held-out problems; with --data and without them nothing is evaluated")
+    add("--eval-data", help="held-out problems; with --learner and without them nothing is evaluated")
     add("--task", choices=TASKS, default="habit", help="the laptop family's task (habit)")
     add("--thinking", choices=("on", "off"), help="for chat templates that can (the template's own)")
     add = parser.add_argument_group("explorer schedule (anneal.py)").add_argument
@@ -254,7 +254,7 @@ def load_run(args, open_explorer):
         raise ValueError(f"{out} is there already: --resume continues a run, another --out begins one")
     device, dtype = pick_device(args.device), getattr(torch, args.dtype)
     if Path(args.learner) == family / "learner" and not family.exists():
-        for path in (args.data, args.eval_data):
+        for path in filter(None, (args.data, args.eval_data)):
             if Path(path).parent != family:
                 load_problems(path)
         from recipes.family import make_family
@@ -320,10 +320,12 @@ def open_explorer(args, run):
         return open_pool(args, run)
     explorer, tokenizer = load(args.explorer, run.learner.head.device, run.learner.head.dtype)
     a, b = run.tokenizer.get_vocab(), tokenizer.get_vocab()
-    if different := sorted(token for token in a.keys() | b.keys() if a.get(token) != b.get(token)):
+    if different := sorted({token for token, _ in a.items() ^ b.items()}):
         raise ValueError(f"the tokenisers of learner and explorer differ in {len(different)} tokens, such as "
                          f"{different[0]!r}: recipes/retokenize.py trains on texts, not on ids")
-    check_lengths(explorer, run.prompts, args.max_new_tokens)
+    held_out = [encode(p.prompt, run.tokenizer, p.in_words, args.thinking) for p in run.eval_problems]
+    for prompts in (run.prompts, held_out):
+        check_lengths(explorer, prompts, args.max_new_tokens)
     return frozen_model(args, run, explorer)
 
 
@@ -386,7 +388,7 @@ def restore(run, out):
     for path in sorted(out.glob("checkpoint_*.pt"), reverse=True):
         try:
             damaged = zipfile.ZipFile(path).testzip()  # torch.load does not look at its checksums
-        except zipfile.BadZipFile as error:
+        except Exception as error:  # in a damaged header zipfile trips over anything
             damaged = error
         if not damaged:
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -535,13 +537,14 @@ def fail(code, error):
     sys.exit(code)
 
 
-def main(argv=None, loop=train, open_explorer=open_explorer):
-    """Recipes give another loop, or an open_explorer(args, run) that returns another `explore` and notes in
-    run.hashes["explorer"] what a resumed run must find again.
+def main(argv=None, loop=train, open_explorer=open_explorer, recipe=None):
+    """Recipes give another loop and its name, or an open_explorer(args, run) that returns another `explore`
+    and notes in run.hashes["explorer"] what a resumed run must find again.
     Exit codes: 2 bad input or a full disk, 3 out of memory, 4 NaN, 128 + n signal n."""
     run = None
     try:
         args = parse_flags(argv)
+        args.recipe = recipe  # one of the settings, which a resumed run must have again
         run, explore = load_run(args, open_explorer)
         listen(run)
         evaluate_base_models(args, run, explore)

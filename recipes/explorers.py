@@ -73,7 +73,8 @@ def main(argv=None):
     elif own.kind == "hot-copy":
         train.main([*flags, "--explorer", "hot-copy"], open_explorer=hot_copy)
     else:
-        train.main(flags, open_explorer=lambda args, run: thinned(train.open_explorer(args, run)))
+        train.main(flags, open_explorer=lambda args, run: thinned(train.open_explorer(args, run)),
+                   recipe="thinned")
 
 
 if __name__ == "__main__":

@@ -141,13 +141,14 @@ def draw(out, history, problems):
 
 
 def plain_grpo(out):
-    """Metrics of a run beside this one that differs in having no explorer, and in nothing else; or []."""
-    def experiment(path):  # (all but the explorer, its hash)
-        settings = json.loads((path / "config.json").read_text())
-        return settings | dict.fromkeys(("explorer", "hash_of_explorer")), settings["hash_of_explorer"]
+    """Metrics of a run beside this one that has no explorer, no other loop, and else no difference; or []."""
+    def experiment(path):  # (all but the explorer and the recipe, these)
+        settings = {"recipe": None} | json.loads((path / "config.json").read_text())
+        who = settings["hash_of_explorer"], settings["recipe"]
+        return settings | dict.fromkeys(("explorer", "hash_of_explorer", "recipe")), who
     for path in sorted(out.parent.iterdir()):
         try:
-            if path != out and experiment(path) == (experiment(out)[0], None):
+            if path != out and experiment(path) == (experiment(out)[0], (None, None)):
                 return [json.loads(line) for line in open(path / "metrics.jsonl")]
         except (OSError, ValueError, LookupError):
             continue  # no run, or one that is broken: this is only for a picture

@@ -107,4 +107,4 @@ LOOPS = {"cooling": partial(variant, cools=True), "maxrl": partial(variant, adva
 if __name__ == "__main__":
     if not {*sys.argv[1:2]} & {*LOOPS}:
         sys.exit(__doc__)
-    main(sys.argv[2:], loop=LOOPS[sys.argv[1]])
+    main(sys.argv[2:], loop=LOOPS[sys.argv[1]], recipe=sys.argv[1])

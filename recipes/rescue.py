@@ -82,4 +82,4 @@ def turned(rollouts):
 
 
 if __name__ == "__main__":
-    main(["--schedule", "constant", *sys.argv[1:]], loop=rescue)
+    main(["--schedule", "constant", *sys.argv[1:]], loop=rescue, recipe="rescue")

@@ -71,4 +71,4 @@ if __name__ == "__main__":
     flags = parse_flags()
     if flags.schedule == "measured" or flags.group_size < 3:
         fail(2, "groups of one source cannot be measured, and of 2 rollouts there may be one of each")
-    main(loop=separate)
+    main(loop=separate, recipe="separate")
