@@ -136,8 +136,8 @@ def report(results):
     shown = lambda x: f"{x:.3g}" if type(x) is float else str(x)
     for n, cell in enumerate(cells.values()):
         if n == 0:
-            print("".join(f"{name:>{len(name) + 2}}" for name in cell))
-        print("".join(f"{shown(x):>{len(name) + 2}}" for name, x in cell.items()))
+            print("".join(f"{name:>{max(11, len(name) + 2)}}" for name in cell))
+        print("".join(f"{shown(x):>{max(11, len(name) + 2)}}" for name, x in cell.items()))
     for there in (True, False):
         gains = [cell["gain"] for cell in cells.values() if cell["crosses"] == there]
         print(f"{len(gains)} cells {'with' if there else 'without'} a crossover; S2L-PO gained in "
