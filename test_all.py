@@ -1484,6 +1484,16 @@ def test_bad_input_is_one_line_exit_code_2_and_nothing_made(
     assert error.count("\n") == 1 and {*tmp_path.iterdir()} == before
 
 
+def test_no_eval_data_is_no_missing_file_on_the_first_run(family, tmp_path, capsys, monkeypatch):
+    def make_family(*args, **more):
+        raise ValueError("the family is made")
+    monkeypatch.setattr(families, "make_family", make_family)
+    monkeypatch.setattr(training, "family_of", lambda task: str(tmp_path / "gone"))
+    argv = ["--data", str(family / "train.jsonl"), "--eval-data", "", "--out", str(tmp_path / "run")]
+    code, _, error = main_here(capsys, argv)
+    assert code == 2 and "the family is made" in error
+
+
 def test_every_number_has_a_range(capsys):
     """nan < 0 is false: the usual check lets it through, into every weight."""
     numbers = [name for name, value in vars(training.parse_flags([])).items() if type(value) in (int, float)]
