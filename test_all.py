@@ -946,7 +946,7 @@ x ¦ X; -2 ¦ -2,-2; 16,3,1 ¦ 16,3,1,1; 1,2,2 ¦ 1,1,2; \{1,1\} ¦ \{1\}; \log_
 (((((((1,2))))))) ¦ (((((((1,3))))))); ((((((1,234)))))) ¦ ((((((1234)))))); (a+5)(b+2) ¦ (a+2)(b+5)
 x^23 ¦ x^{23}; even ¦ neve; 1/0 ¦ 2/0; 1/2x ¦ \frac{1}{2x}; 1e999999999 ¦ 1; ٣ ¦ 3
 12345678901234567 ¦ 12345678901234568"""))
-def test_answers_that_differ(given, truth):
+def test_traps_23_30_answers_that_differ(given, truth):
     assert not reward.answers_equal(given, truth) and not reward.answers_equal(truth, given)
     assert reward.answers_equal(given, given) and reward.answers_equal(truth, truth)
 
@@ -963,7 +963,7 @@ x=5 ¦ 5; f(x) = 2x ¦ 2x; (x,y)=(1,2) ¦ (1,2); x \in [1,2] ¦ [1,2]; m_{\max}=
 (-\infty,2]\cup[3,+\infty) ¦ [3,\infty) \cup (-\infty,2]; \text{Even} ¦ even; \text{(C)} ¦ C; $p - q$ ¦ p-q.
 \[42\] ¦ 42; \sqrt 2 ¦ \sqrt{2}; 2516_8 ¦ 2516_{8}; k \geqslant 2 ¦ k\ge 2
 \begin{pmatrix} 1 \\ 2 \end{pmatrix} ¦ \begin{pmatrix}1\\2\end{pmatrix}"""))
-def test_answers_that_are_equal(given, truth):
+def test_trap_23_answers_that_are_equal(given, truth):
     assert reward.answers_equal(given, truth) and reward.answers_equal(truth, given)
 
 

@@ -227,8 +227,8 @@ def test_the_report_of_places_where_nothing_may_be_lost(capsys):
             for place, arm, gain in (("pruned", "GRPO", 0), ("twin", "rescue, positive", less))}
     worth.report_boundary(runs)
     assert capsys.readouterr().out.splitlines() == [
-        "twin       rescue, positive     --lr 0.0004, less GRPO: -0.020 [-0.020, -0.020], won 0 of 8: worse",
-        "twin       rescue, positive     --lr 0.0008, less GRPO: +0.020 [+0.020, +0.020], won 8 of 8: better"]
+        "twin       rescue, positive     --lr 0.0004, less GRPO's 2.455: -0.020 [-0.020, -0.020], won 0 of 8: worse",
+        "twin       rescue, positive     --lr 0.0008, less GRPO's 2.455: +0.020 [+0.020, +0.020], won 8 of 8: better"]
 
 
 def test_endpoints_by_hand():

@@ -5,8 +5,8 @@
     python recipes/worth.py boundary     the arms without a T_mix where S2L-PO lost before
     python recipes/worth.py report       tables, verdicts and picture from assets/worth/runs.json.gz alone
 
-An *arm* is a set of train.py's flags and, for some, the loop `variant` below. A *setting* is the flags that
-are searched. Pairs, workers and intervals are those of recipes/claims.py. Finished runs are kept under
+An *arm* is a set of train.py's flags and, for some, a loop of recipes/remedies.py. A *setting* is the flags
+that are searched. Pairs, workers and intervals are those of recipes/claims.py. Finished runs are kept under
 runs/worth: an interrupted command goes on where it stopped. What is published is not made again: to make it
 anew, remove assets/worth/runs.json.gz. Below 8 pairs or 3 seeds it is a small look, which publishes to
 runs/worth/assets.
@@ -60,7 +60,7 @@ OWN_LOOPS = {  # in the place of train.train
 RATES = [f"--lr {lr:g}" for lr in GRID]
 SETTINGS = {"entropy bonus": ["--lr 0.0004 --kl-coef 0.03", "--lr 0.0008 --kl-coef 0.01",
                               "--lr 0.0008 --kl-coef 0.03", "--lr 0.0008 --kl-coef 0.1"]}  # others: RATES
-PLACES = {  # name: (task, learner, explorer, steps); `home` is the study, at the others S2L-PO lost
+PLACES = {  # name: (task, learner, explorer, steps); `home` is the study. At others S2L-PO lost: docs/worth.md
     "home": ("habit", "learner", "explorer", 96), "natural": ("natural", "learner", "explorer", 32),
     **{name: ("habit", name, "explorer", 32) for name in ("noise 8%", "noise 32%")},
     **{name: ("habit", "learner", name, 32) for name in ("pruned", "twin", "epoch 3")}}
@@ -130,8 +130,7 @@ def search(args):
     runs = make_runs(args, "search", [("home", pair, arm, setting, seed) for pair in SEARCH_PAIRS
                                       for seed in SEARCH_SEEDS for arm in args.arms
                                       for setting in SETTINGS.get(arm, RATES)])
-    for arm in args.arms:
-        print(f"{arm:20}" + "".join(f"{height:9.3f} at {setting}" for height, setting in searched(runs, arm)))
+    report_search(runs, args.arms)
 
 
 def searched(runs, arm):
@@ -223,16 +222,24 @@ def confirmed(runs, arms):
     return found
 
 
+def report_search(runs, arms):
+    for arm in arms:
+        print(f"{arm:20}" + "".join(f"{height:9.3f} at {setting}" for height, setting in searched(runs, arm)))
+
+
 def report_boundary(runs):
     for place, arm, rate in itertools.product(list(PLACES)[1:], NO_T_MIX, RATES[1:]):
         mine, grpo = runs_of(runs, place, arm, rate), runs_of(runs, LIKE.get(place, place), "GRPO", rate)
         if mine and mine.keys() == grpo.keys():
             less = {key: area(mine[key]["strict@1"]) - area(grpo[key]["strict@1"]) for key in mine}
-            print(f"{place:10} {arm:20} {rate}, less GRPO: {judged(by_pair(less), NEVER_LOSE)}")
+            height = np.mean([area(run["strict@1"]) for run in grpo.values()])
+            print(f"{place:10} {arm:20} {rate}, less GRPO's {height:.3f}: "
+                  f"{judged(by_pair(less), NEVER_LOSE)}")
 
 
 def report(args):
     runs = published(args)
+    report_search(runs, args.arms)
     report_boundary(runs)
     found = confirmed(runs, args.arms)
     less = lambda key, first, second: found[first][key] - found[second][key]
