@@ -98,7 +98,7 @@ def policy_loss(logps, old_logps, advantages, weights, mask, clip_low=0.2, clip_
 
     The clip removes the gradient only where the step has already gone far enough the right way: ratio > 1 +
     clip_high with A > 0, ratio < 1 - clip_low with A < 0. sequence_ratio (GSPO): one ratio per row, the
-    geometric mean of its tokens' ratios, which moves less: it wants a clip some hundred times smaller."""
+    geometric mean of its tokens' ratios, which moves less: its paper clips at 3e-4 and 4e-4."""
     log_ratio = (logps - old_logps).masked_fill(~mask, 0.0)  # whatever the padding holds must not become NaN
     if sequence_ratio:
         length = mask.sum(1, keepdim=True).clamp(min=1)
@@ -106,13 +106,12 @@ def policy_loss(logps, old_logps, advantages, weights, mask, clip_low=0.2, clip_
     ratio = log_ratio.exp()
     A = advantages[:, None]  # [N] -> [N, 1]
     surrogate = torch.minimum(ratio * A, ratio.clamp(1 - clip_low, 1 + clip_high) * A)  # [N, T]
-    with torch.no_grad():
-        clipped = ((A > 0) & (ratio > 1 + clip_high)) | ((A < 0) & (ratio < 1 - clip_low))
+    clipped = surrogate < ratio * A  # there `minimum` took the clamped one, which has no gradient
     return -(weights * surrogate).sum(), ratio.detach(), clipped
 
 
-def kl_penalty(logps, ref_logps, weights, mask, estimator="k3"):
-    """Estimate of KL(pi_theta || pi_ref) [scalar] from tokens of pi_theta. With x = log pi_ref - log
+def kl_estimates(logps, ref_logps, mask, estimator="k3"):
+    """Each token's estimate of KL(pi_theta || pi_ref), [N, T], 0 outside mask. With x = log pi_ref - log
     pi_theta:
 
         k1  -x           unbiased value; as a loss its expected gradient is 0, so it does not hold the policy
@@ -121,10 +120,9 @@ def kl_penalty(logps, ref_logps, weights, mask, estimator="k3"):
                          KL(pi_ref || pi_theta)
 
     Equal near pi_ref, where the penalty is used. On explorer tokens none of them is an estimate of the KL:
-    the tokens are not drawn from pi_theta; the penalty still pulls towards pi_ref there."""
+    the tokens are not drawn from pi_theta; as a penalty it still pulls towards pi_ref there."""
     x = (ref_logps - logps).masked_fill(~mask, 0.0)
-    k = {"k1": -x, "k2": x.square() / 2, "k3": x.exp() - 1 - x}[estimator]
-    return (weights * k).sum()
+    return {"k1": -x, "k2": x.square() / 2, "k3": x.exp() - 1 - x}[estimator]
 
 
 def response_logprobs(model, prompts, groups, ids, mask, temperature=1.0):
@@ -139,11 +137,10 @@ def response_logprobs(model, prompts, groups, ids, mask, temperature=1.0):
     last, cache, lengths = read_prompts(model, [prompts[group] for group in present.tolist()])
     T, L, device = int(mask.sum(1).max()), cache[0][0].shape[2], ids.device  # longest response and prompt
 
-    steps = torch.arange(T - 1, device=device)
-    in_prompt = (torch.arange(L, device=device) < lengths[groups, None])[:, None].expand(-1, T - 1, -1)
-    so_far = (steps <= steps[:, None]).expand(len(ids), -1, -1)
-    visible = torch.cat([in_prompt, so_far], dim=2)[:, None]  # [N, T-1, L or T-1] -> [N, 1, T-1, L+T-1]
-    allowed = torch.zeros(visible.shape, dtype=last.dtype, device=device).masked_fill(~visible, -torch.inf)
+    steps, slots = torch.arange(T - 1, device=device), torch.arange(L + T - 1, device=device)
+    in_prompt = slots < lengths[groups, None, None]  # [N, 1, L+T-1]
+    so_far = (slots >= L) & (slots - L <= steps[:, None])  # [T-1, L+T-1]
+    allowed = torch.where(in_prompt | so_far, 0.0, -torch.inf).to(last.dtype)[:, None]  # [N, 1, T-1, L+T-1]
     query_heads = model.config.num_attention_heads // model.config.num_key_value_heads  # of a key head
     allowed = allowed.repeat(1, 1, query_heads, 1)  # which `attend` lays one after another as more queries
 
@@ -195,8 +192,8 @@ def update(learner, reference, optimizer, prompts, rollouts, advantages, generat
            micro_batch_tokens=8192, max_new_tokens=None, temperature=1.0, max_grad_norm=1.0):
     """One GRPO update, of `minibatches` optimiser steps, on a step's rollouts (P prompts, class Rollouts)
     with advantages [P, G]. `reference` is the KL's frozen policy or None. Returns metrics (docs/metrics.md)
-    and each token's ratio, clip_fraction, entropy and logp_gap (trainer's less sampler's), 0 where it was not
-    trained on, {name: [P, G, T]}."""
+    and each token's ratio, clip_fraction, entropy, logp_gap (trainer's less sampler's) and, with a reference,
+    kl, 0 where it was not trained on, {name: [P, G, T]}."""
     P, G, T = rollouts.ids.shape
     ids, mask, sampler_logps, from_explorer, A = (x.flatten(0, 1) for x in (  # [P, G, ...] -> [N, ...]
         rollouts.ids, rollouts.mask, rollouts.logps, rollouts.from_explorer, advantages))
@@ -205,7 +202,7 @@ def update(learner, reference, optimizer, prompts, rollouts, advantages, generat
     sizes = groups.tolist(), [len(prompts[row // G]) for row in range(P * G)], mask.sum(1).tolist()
     # Without a KL, A = 0 is a gradient of 0, and so is a weight of 0. A model that has become NaN earns equal
     # rewards too, but its rows run: their loss is NaN, which is counted.
-    no_weight = from_explorer & (A < 0) if off_policy == "positive" else torch.zeros_like(from_explorer)
+    no_weight = (off_policy == "positive") & from_explorer & (A < 0)
     teaches = (bool(reference) | (A != 0) & ~no_weight | sampler_logps.sum(1).isnan()).tolist()
 
     def logprobs(model, rows):
@@ -227,13 +224,14 @@ def update(learner, reference, optimizer, prompts, rollouts, advantages, generat
     learner_logps = fixed_logprobs(learner) if minibatches > 1 else None
     ref_logps = fixed_logprobs(reference) if reference else None
 
-    losses, kls, grad_norms, trained = [], [], [], torch.zeros_like(mask)
+    losses, grad_norms, trained = [], [], torch.zeros_like(mask)
     weights = torch.zeros(mask.shape, device=device)  # [N, T]
-    per_token = torch.zeros(4, *mask.shape, device=device)  # what the metrics are means of
+    names = ["ratio", "clip_fraction", "entropy", "logp_gap"] + ["kl"] * bool(reference)
+    per_token = torch.zeros(len(names), *mask.shape, device=device)  # what the metrics are means of
     for chosen in torch.randperm(P, generator=generator).to(device).tensor_split(minibatches):  # [P/m]
         minibatch = (chosen[:, None] * G + torch.arange(G, device=device)).flatten()  # whole groups: [P/m*G]
         weights[minibatch] = token_weights(mask[minibatch], loss, max_new_tokens or T)
-        loss_sum = kl_sum = 0.0
+        loss_sum = 0.0
         parts = cut(minibatch.tolist())
         for rows in tqdm(parts, "training", unit="part", delay=10, leave=False, disable=None):
             logps, entropies = logprobs(learner, rows)
@@ -242,28 +240,27 @@ def update(learner, reference, optimizer, prompts, rollouts, advantages, generat
                                                           from_explorer[rows], A[rows], mask[rows])
             part_loss, ratio, clipped = policy_loss(logps, old_logps, A[rows], weights[rows] * importance,
                                                     mask[rows], clip_low, clip_high, loss == "gspo")
+            values = [ratio, clipped, entropies, before - sampler_logps[rows]]
             if reference:
-                kl = kl_penalty(logps, ref_logps[rows], weights[rows], mask[rows], kl_estimator)
-                part_loss, kl_sum = part_loss + kl_coef * kl, kl_sum + kl.item()
+                kl = kl_estimates(logps, ref_logps[rows], mask[rows], kl_estimator)
+                part_loss = part_loss + kl_coef * (weights[rows] * kl).sum()
+                values.append(kl.detach())
             part_loss.backward()
             optimizer.accumulate()
             loss_sum += part_loss.item()
-            gap = before - sampler_logps[rows]
-            trained[rows], per_token[:, rows] = mask[rows], torch.stack([ratio, clipped, entropies, gap])
+            trained[rows], per_token[:, rows] = mask[rows], torch.stack(values)
         losses.append(loss_sum)
-        kls.append(kl_sum)
         grad_norms.append(optimizer.step(max_grad_norm, loss_sum))  # nan: skipped, something was not finite
 
-    metrics = {"loss": float(np.mean(losses)), "kl": float(np.mean(kls)) if reference else None,
-               "grad_norm": float(np.mean(grad_norms)), "skipped_updates": int(np.isnan(grad_norms).sum()),
-               "tokens_trained": int(trained.sum())}
+    metrics = {"loss": float(np.mean(losses)), "grad_norm": float(np.mean(grad_norms)),
+               "skipped_updates": int(np.isnan(grad_norms).sum()), "tokens_trained": int(trained.sum())}
     sources = {"": torch.ones_like(from_explorer), "_explorer": from_explorer, "_learner": ~from_explorer}
-    per_token = dict(zip(("ratio", "clip_fraction", "entropy", "logp_gap"), per_token))
-    for source, which in sources.items():
-        tokens = trained & which[:, None]
-        for name, x in per_token.items():
-            metrics[name + source] = x[tokens].abs().mean().item() if tokens.any() else None
-    return metrics, {name: (x * trained).unflatten(0, (P, G)) for name, x in per_token.items()}
+    for name, x in zip(names, per_token):
+        x = x.abs() if name == "logp_gap" else x
+        for source, which in sources.items():
+            tokens = x[trained & which[:, None]]
+            metrics[name + source] = tokens.mean().item() if len(tokens) else None
+    return metrics, {name: (x * trained).unflatten(0, (P, G)) for name, x in zip(names, per_token)}
 
 
 class Optimizer:

@@ -60,7 +60,7 @@ class Config:
                              "(recipes/internlm2.py converts internlm2)")
         heads, context = hf["num_attention_heads"], hf["max_position_embeddings"]
         # A sliding window hides nothing from a sequence that is no longer than it.
-        window = hf.get("sliding_window") if hf.get("use_sliding_window", kind == "mistral") else None
+        window = hf.get("sliding_window", 4096) if hf.get("use_sliding_window", kind == "mistral") else None
         return cls(
             **{key: hf[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
                                         "num_attention_heads", "rms_norm_eps")},
@@ -389,8 +389,8 @@ def load_weights(model, directory):
     for path in sorted(directory.glob("model*.safetensors")):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():
-                if name == "lm_head.weight" and model.config.tie_word_embeddings:
-                    continue  # some exporters write the tied matrix twice
+                if name == "lm_head.weight" and model.config.tie_word_embeddings or "rotary_emb" in name:
+                    continue  # some exporters write the tied matrix twice, or (Llama 2) RoPE's frequencies
                 if name not in missing or list(missing[name].shape) != file.get_slice(name).get_shape():
                     raise ValueError(f"weights and config.json disagree about {name!r} in {path.name}")
                 missing.pop(name).copy_(file.get_tensor(name))

@@ -77,9 +77,9 @@ def draw(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
     p = logits.softmax(-1)
     cdf = p.cumsum(-1)  # [R, V]
     target = uniform[:, None].clamp(max=1 - 2 ** -22) * cdf[:, -1:]  # strictly below the sum, if rounded too
-    token = torch.searchsorted(cdf, target, right=True)  # first id with cdf > target: none of probability 0
+    token = torch.searchsorted(cdf, target, right=True).squeeze(1)  # first id with cdf > target: none of p 0
     token = token.clamp(max=logits.shape[-1] - 1)  # if the logits are NaN, none is; the update finds them
-    return token.squeeze(1), p.gather(1, token).squeeze(1).log()
+    return token, p.gather(1, token[:, None]).squeeze(1).log()
 
 
 class KVCache:
@@ -114,8 +114,7 @@ class KVCache:
         heads = torch.arange(2 * R * K, device=self.lengths.device).view(2, R, K)  # k or v, row, key head
         write = (heads * S + self.lengths[:, None]).flatten()  # where their new ones go in [2*R*K*S, h]
         visible = torch.arange(used, device=self.lengths.device) <= self.lengths[:, None]  # [R, used]
-        mask = torch.zeros(visible.shape, dtype=self.layers[0].dtype, device=visible.device)
-        mask = mask.masked_fill(~visible, -torch.inf)[:, None, None]  # [R, 1, 1, used]
+        mask = torch.where(visible, 0.0, -torch.inf).to(self.layers[0].dtype)[:, None, None]  # [R,1,1,used]
 
         def extend(layer, k, v):  # [R, K, 1, h] each
             kv = self.layers[layer]

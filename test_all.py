@@ -26,6 +26,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import anneal
@@ -169,6 +170,8 @@ def test_traps_1_27_checkpoints_mean_the_same_to_transformers_both_ways(kind, op
     """Else what is trained, or saved, is another network than the checkpoint's, or runs on past its ends."""
     from transformers import AutoModelForCausalLM
     theirs, directory = hf_pair(kind, tmp_path / "model", tie_word_embeddings=tie, **options)
+    frequencies = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}  # Llama 2 has them
+    save_file(frequencies, directory / "model-more.safetensors")
     for name in ("config.json", "tokenizer_config.json"):  # code of a checkpoint: neither run nor handed on
         described = json.loads((directory / name).read_text()) | {"auto_map": {"AutoConfig": "evil.Config"}}
         (directory / name).write_text(json.dumps(described))
@@ -190,6 +193,12 @@ def test_traps_1_27_checkpoints_mean_the_same_to_transformers_both_ways(kind, op
     tokens = theirs.generate(ids[:1, :4], max_new_tokens=20, do_sample=False, eos_token_id=[0, 3, 5])[0, 4:]
     greedy = sampling.sample(ours, ids[:1, :4].tolist(), 1, seeded(), 20, temperature=0)
     assert greedy.ids[0, 0, :greedy.lengths[0, 0]].tolist() == tokens.tolist()
+
+
+def test_a_mistral_slides_over_4096_tokens_unless_told_otherwise():
+    context = lambda **window: tiny_model("mistral", max_position_embeddings=8192, **window).config
+    windows = {}, {"sliding_window": None}, {"sliding_window": 99}
+    assert [context(**window).max_position_embeddings for window in windows] == [4096, 8192, 99]
 
 
 @pytest.mark.parametrize("name, change, complaint", [
@@ -414,6 +423,17 @@ def test_trap_19_the_next_rollout_sees_updated_weights(compile):
     assert torch.allclose(after.logps, expected.logps, atol=1e-5)
 
 
+def test_decoding_is_compiled_once(monkeypatch):
+    """Each further graph costs as much as the first, and beyond eight torch gives up: it runs uncompiled."""
+    model, graphs = tiny_model(num_hidden_layers=1), torch._dynamo.testing.CompileCounter()
+    step = torch.compile(sampling.decode_step, dynamic=True, backend=graphs)
+    monkeypatch.setattr(sampling, "compiled", lambda function: step)
+    model.compiled = True
+    for n in (8, 16):  # in both, finished rows leave
+        sampling.sample(model, PROMPTS, n, seeded(), 40)
+    assert graphs.frame_count == 1
+
+
 def test_presence_penalty_counts_what_was_written():
     model = tiny_model()
     model.stop_ids = ()
@@ -586,7 +606,10 @@ def test_traps_11_12_update_equals_the_plain_loss_in_micro_batches_of_any_size()
                 assert (ours - plain).norm() < 1e-4 * plain.norm() > 1e-6
         learner.load_state_dict(start)
         drifted += metrics["clip_fraction_learner"] > 0
-        assert metrics["kl"] and (metrics["clip_fraction_explorer"] > 0 or s.off_policy != "behaviour")
+        assert metrics["clip_fraction_explorer"] > 0 or s.off_policy != "behaviour"
+        if s.minibatches == 1:  # then the metric is that of the policy which began, whatever the loss
+            estimates = grpo.kl_estimates(*fixed[:2], mask, s.kl_estimator)
+            assert math.isclose(metrics["kl"], estimates[mask].mean(), rel_tol=1e-4)
     assert drifted and all(torch.equal(x, vars(untouched)[name]) for name, x in vars(r).items())
 
 
@@ -722,7 +745,7 @@ def test_traps_12_13_15_ratios_by_hand_and_an_empty_row_is_harmless(loss):
         difference = (logps - old)[row, :n]
         expected = difference.mean().expand(n) if loss == "gspo" else difference
         assert torch.allclose(ratio[row, :n], expected.exp())
-    gradient, = torch.autograd.grad(value + grpo.kl_penalty(logps, old, w, mask), logps)
+    gradient, = torch.autograd.grad(value + (w * grpo.kl_estimates(logps, old, mask)).sum(), logps)
     assert torch.isfinite(value) and torch.isfinite(gradient).all()
     assert not gradient[~mask].any() and gradient[mask].any()
     assert all(torch.equal(x, y) for x, y in zip((mask, A, logps, old), copies))
@@ -732,7 +755,8 @@ def test_trap_16_gradients_of_the_kl_estimators():
     """k1 in a loss has the expected gradient 0: a penalty in name only. Each of 6 tokens by its weight."""
     logits, ref = (torch.randn(1, 6, generator=seeded(i), requires_grad=i == 0) for i in (0, 1))
     logp, ref, every = logits.log_softmax(1), ref.log_softmax(1), torch.ones(1, 6) > 0
-    k1, k2, k3 = (grpo.kl_penalty(logp, ref, logp.exp().detach(), every, k) for k in ("k1", "k2", "k3"))
+    k1, k2, k3 = ((logp.exp().detach() * grpo.kl_estimates(logp, ref, every, name)).sum()
+                  for name in ("k1", "k2", "k3"))
     slope = lambda x: torch.autograd.grad(x, logits, retain_graph=True)[0]
     kl = (logp.exp() * (logp - ref)).sum()
     reverse, forward = slope(kl), slope((ref.exp() * (ref - logp)).sum())

@@ -60,7 +60,7 @@ OWN_LOOPS = {  # in the place of train.train
 RATES = [f"--lr {lr:g}" for lr in GRID]
 SETTINGS = {"entropy bonus": ["--lr 0.0004 --kl-coef 0.03", "--lr 0.0008 --kl-coef 0.01",
                               "--lr 0.0008 --kl-coef 0.03", "--lr 0.0008 --kl-coef 0.1"]}  # others: RATES
-PLACES = {  # name: (task, learner, explorer, steps); `home` is the study. At others S2L-PO lost: docs/worth.md
+PLACES = {  # name: (task, learner, explorer, steps); `home` is the study. At others S2L-PO lost before
     "home": ("habit", "learner", "explorer", 96), "natural": ("natural", "learner", "explorer", 32),
     **{name: ("habit", name, "explorer", 32) for name in ("noise 8%", "noise 32%")},
     **{name: ("habit", "learner", name, 32) for name in ("pruned", "twin", "epoch 3")}}
