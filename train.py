@@ -314,7 +314,9 @@ def read_problems(args, learner, tokenizer, path):
 
 
 def open_explorer(args, run):
-    """explore(prompts, n, generator) -> Rollouts [P, n] of --explorer, a frozen model or rollouts on disk."""
+    """explore(prompts, n, generator) -> Rollouts [P, n] of --explorer, a frozen model or rollouts on disk.
+    Both models stop at the stop tokens of either. Else a base learner would learn to write an instruct
+    explorer's stop token, and not stop at it."""
     if args.explorer.endswith(".jsonl"):
         from recipes.pool import open_pool
         return open_pool(args, run)
@@ -326,12 +328,6 @@ def open_explorer(args, run):
     held_out = [encode(p.prompt, run.tokenizer, p.in_words, args.thinking) for p in run.eval_problems]
     for prompts in (run.prompts, held_out):
         check_lengths(explorer, prompts, args.max_new_tokens)
-    return frozen_model(args, run, explorer)
-
-
-def frozen_model(args, run, explorer):
-    """The usual `explore`. Both models stop at the stop tokens of either. Else a base learner would learn to
-    write an instruct explorer's stop token, and not stop at it."""
     run.hashes["explorer"] = fingerprint(explorer.requires_grad_(False))
     run.learner.stop_ids = explorer.stop_ids = tuple(sorted({*run.learner.stop_ids, *explorer.stop_ids}))
     explorer.compiled = run.learner.compiled

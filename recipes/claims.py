@@ -220,7 +220,7 @@ def search(args):
     path = ASSETS / "search.json"
     found = json.loads(path.read_text()) if path.exists() else {}
     for task in args.task or ("habit", "natural"):
-        asked = [name for name in CLAIMS if task == "habit" or name in BOTH_TASKS]
+        asked = [name for name in CLAIMS if args.task or task == "habit" or name in BOTH_TASKS]
         wanted = [arm for arm in arms if any(arm in CLAIMS[name] for name in asked)]
         make_models(task, [SEARCH_PAIR], members_of(wanted), args.workers)
         do([(task, SEARCH_PAIR, arm, lr, seed) for seed in SEARCH_SEEDS for lr in GRID for arm in wanted],
@@ -240,11 +240,12 @@ def rates(task, arm):
     search pair."""
     try:
         found = json.loads((ASSETS / "search.json").read_text())[task]
+        own = found[arm]
     except (OSError, KeyError):
-        raise ValueError(f"{ASSETS}/search.json has no rates for {task}: "
-                         "run `python recipes/claims.py search`") from None
+        raise ValueError(f"{ASSETS}/search.json has no rates of {arm} on {task}: "
+                         f"run `python recipes/claims.py search --task {task}`") from None
     together = {lr: found["GRPO"][lr] + found["S2L-PO"][lr] for lr in found["GRPO"]}
-    return float(max(together, key=together.get)), float(max(found[arm], key=found[arm].get))
+    return float(max(together, key=together.get)), float(max(own, key=own.get))
 
 
 # ---- the comparison of arms --------------------------------------------------------------------------------
@@ -253,8 +254,8 @@ def compare(name, args):
     """Runs a claim's arms at the equal rate and at each one's own best; table, JSON and picture."""
     arms = CLAIMS[name]
     for task in args.task or (("habit", "natural") if name in BOTH_TASKS else ("habit",)):
-        pairs, seeds = pairs_of(task, args), range(args.seeds)
         equal, best = ({arm: rates(task, arm)[i] for arm in arms} for i in range(2))
+        pairs, seeds = pairs_of(task, args), range(args.seeds)
         make_models(task, pairs, members_of(arms), args.workers)
         do([(task, pair, arm, lr, seed) for seed in seeds for pair in pairs
             for arm, lr in (*equal.items(), *best.items())], args.workers, f"{name} on {task}")

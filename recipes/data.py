@@ -24,7 +24,7 @@ HUB = {  # name: data set on the Hugging Face hub, and which of its files
     "math500": ("HuggingFaceH4/MATH-500", "test.jsonl"),
     "dapo-math-17k": ("BytedTsinghua-SIA/DAPO-Math-17k", "data/*.parquet"),
     "aime24": ("HuggingFaceH4/aime_2024", "data/train*"), "aime25": ("math-ai/aime25", "test.jsonl"),
-    "olympiadbench": ("Hothan/OlympiadBench", "*OE_TO_maths_en_COMP*"),
+    "olympiadbench": ("Hothan/OlympiadBench", "*OE_TO_maths_en_COMP*.parquet"),
     "commonsenseqa": ("tau/commonsense_qa", "data/validation*")}
 READ = (".jsonl", ".json", ".parquet")
 

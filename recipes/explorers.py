@@ -1,14 +1,11 @@
 """Other explorers: values of the seam explore(prompts, n, generator) -> Rollouts [P, n].
 
     python recipes/explorers.py fleet --also MODEL [--also MODEL]        several, who share the work
-    python recipes/explorers.py hot-copy --explorer-temperature 1.6      the initial learner, hotter
     python recipes/explorers.py thinned                                  groups of one method each
 
-All take train.py's flags too. The last two are controls: noise without another policy, and another policy
-without its variety within a group.
+Both take train.py's flags too. The second is a control: another policy without its variety within a group.
 """
 import argparse
-import copy
 import os
 import sys
 from functools import partial, reduce
@@ -45,13 +42,10 @@ def thinned(write):
     return explore
 
 
-def hot_copy(args, run):
-    """The initial learner, frozen, at --explorer-temperature."""
-    return train.frozen_model(args, run, copy.deepcopy(run.learner))
-
-
 def open_fleet(args, run, also):
     """Opens --explorer and those of --also, each as train.py does."""
+    if pools := [name for name in also if name.endswith(".jsonl")]:
+        raise ValueError(f"--also {pools[0]}: give --also a model, and the pool to --explorer")
     explores, hashes = [], []
     for name in (args.explorer, *also):
         explores.append(train.open_explorer(argparse.Namespace(**vars(args) | {"explorer": name}), run))
@@ -63,18 +57,21 @@ def open_fleet(args, run, also):
     return fleet(explores)
 
 
+def open_thinned(args, run):
+    if args.explorer.endswith(".jsonl"):
+        raise ValueError("thinned draws 4 times as many rollouts as it keeps: give --explorer a model")
+    return thinned(train.open_explorer(args, run))
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Train with another explorer. Other flags are train.py's.")
-    parser.add_argument("kind", choices=("fleet", "hot-copy", "thinned"))
+    parser.add_argument("kind", choices=("fleet", "thinned"))
     parser.add_argument("--also", action="append", default=[], help="fleet: one more beside --explorer")
     own, flags = parser.parse_known_args(argv)
     if own.kind == "fleet":
         train.main(flags, open_explorer=partial(open_fleet, also=own.also))
-    elif own.kind == "hot-copy":
-        train.main([*flags, "--explorer", "hot-copy"], open_explorer=hot_copy)
     else:
-        train.main(flags, open_explorer=lambda args, run: thinned(train.open_explorer(args, run)),
-                   recipe="thinned")
+        train.main(flags, open_explorer=open_thinned, recipe="thinned")
 
 
 if __name__ == "__main__":

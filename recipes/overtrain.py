@@ -160,7 +160,8 @@ def main(argv=None):
     jobs = sorted(itertools.product(CORPORA, EPOCHS, range(FIRST, FIRST + args.pairs)),
                   key=lambda job: job[0] * job[1])  # the cheap ones first
     path = (ASSETS if args.pairs >= PAIRS else RUNS / "assets") / "overtrain.json"
-    published = [tuple(result[name] for name in ("corpus", "epochs", "pair")) for result in read(path)]
+    job_of = lambda result: (result["corpus"], result["epochs"], result["pair"])
+    published = {job_of(result): result for result in read(path)}
     code = 0
     try:
         do([job for job in jobs if job not in published], args.workers, "cells", work,
@@ -168,9 +169,9 @@ def main(argv=None):
     except KeyboardInterrupt:
         code = 130
     made = [json.loads(path_of(job).read_text()) for job in jobs if path_of(job).exists()]
-    results = [result for result in read(path) if result not in made] + made
+    results = sorted((published | {job_of(result): result for result in made}).values(), key=job_of)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(sorted(results, key=lambda result: [*result.values()][:3])))
+    path.write_text(json.dumps(results))
     report(results)
     parser.exit(code, "stopped: the same command goes on\n" if code else None)
 

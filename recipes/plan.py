@@ -95,12 +95,15 @@ def plan(args, L):
             "reference (KL)": size(learner.parameters()) if args.kl_coef and not args.lora_rank else 0,
             "AdamW's moments": 8 * trained, "master weights": 4 * trained if dtype.itemsize < 4 else 0}
 
-    at_once = min(P, max(1, args.rollout_rows // G))  # groups
-    caches = lambda model: (KVCache(model, at_once * G, L + T), KVCache(model, at_once, L))  # rows', prompts'
-    cached = [size(sum((kv.layers for kv in caches(model)), [])) for model in (learner, explorer) if model]
+    batches = [(P, G)] + [(args.eval_problems, args.eval_n)] * bool(args.eval_data)  # prompts, rollouts each
+    in_flight = [(min(prompts, max(1, args.rollout_rows // n)), n) for prompts, n in batches]
+    rows = max(prompts * n for prompts, n in in_flight)
+    caches = lambda model, P, n: (KVCache(model, P * n, L + T), KVCache(model, P, L))  # of rows, of prompts
+    cached = [size(sum((kv.layers for kv in caches(model, *batch)), []))
+              for model in (learner, explorer) if model for batch in in_flight]
     arrays = 8 if live and args.explorer_top_p < 1 else 4  # of the logits' size, in `draw`
-    sampling = {"keys and values": max(cached), "rollouts": 16 * P * G * T,
-                "logits, probabilities": arrays * at_once * G * learner.config.vocab_size * 4}
+    sampling = {"keys and values": max(cached), "rollouts": 16 * T * max(P * n for P, n in batches),
+                "logits, probabilities": arrays * rows * learner.config.vocab_size * 4}
     whole = -(-P // args.minibatches) * G  # rows of a mini-batch
     groups = [row // G for row in range(whole)]
     parts = micro_batches(range(whole), groups, [L] * whole, [T] * whole, args.micro_batch_tokens)

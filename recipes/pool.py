@@ -89,7 +89,7 @@ def open_pool(args, run):
             raise ValueError(f"{note}: no settings of a pool: {error!r:.200}") from error
     else:
         print(f"{path} has no settings beside it: taken for its stop tokens are the learner's, {stop_ids}")
-    run.learner.stop_ids = tuple(sorted({*stop_ids, *theirs}))  # as in train.frozen_model
+    run.learner.stop_ids = tuple(sorted({*stop_ids, *theirs}))  # as in train.open_explorer
 
     wanted, measured = {}, args.schedule == "measured"  # {problem: the most rollouts that a step asks of it}
     for step in range(1, args.steps + 1):

@@ -18,16 +18,19 @@ from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch: threads that spin for long starve others
 
+import torch.nn.functional as F
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from anneal import explorer_share, split_group
 from grpo import group_advantages, update
 from sample import decode, join
 from train import (EXPLORER, LEARNER, MINIBATCH, batch_of, fail, generator, keep_books, last_step, learner_of,
-                   main, past_steps, score_all, update_settings)
+                   main, parse_flags, past_steps, score_all, update_settings)
 
 
-def variant(args, run, explore, cools=False, redraws=0, imitates=False, advantages=group_advantages, **more):
+def variant(args, run, explore, cools=False, redraws=0, imitates=False, advantages=None, **more):
     """train.train with what is named above; more: update's keywords."""
+    advantages = advantages or partial(group_advantages, scale=args.loss != "dr_grpo")
     for step in range(last_step(run) + 1, args.steps + 1):
         random = partial(generator, args.seed, step)
         batch = batch_of(step, args.prompts_per_step, len(run.problems), args.seed)
@@ -80,8 +83,12 @@ def draw_again(batch, rollouts, scores, write, others):
     for i in failed:
         batch[i] = others[i]
     again, scores[failed] = write([batch[i] for i in failed])
+    T = max(rollouts.ids.shape[2], again.ids.shape[2])  # a pool's rollouts are as wide as the longest drawn
+    widen = lambda x: F.pad(x, (0, T - x.shape[2])) if x.dim() == 3 else x
     for name, x in vars(rollouts).items():
-        x[failed] = getattr(again, name)
+        x = widen(x)
+        x[failed] = widen(getattr(again, name))
+        setattr(rollouts, name, x)
     return thrown_away
 
 
@@ -94,8 +101,6 @@ def maxrl_advantages(rewards):
 def entropy(args, run, explore):
     """The KL to the uniform policy is log V less the entropy, and as a loss k2 has this KL's gradient: so the
     KL penalty is an entropy bonus if the reference is uniform. A model of zeros is."""
-    if not args.kl_coef or args.lora_rank:  # with adapters the reference's weights are the learner's
-        fail(2, "entropy needs --kl-coef, and no --lora-rank")
     for weight in run.reference.parameters():
         weight.zero_()
     variant(args, run, explore, kl_estimator="k2")
@@ -107,4 +112,7 @@ LOOPS = {"cooling": partial(variant, cools=True), "maxrl": partial(variant, adva
 if __name__ == "__main__":
     if not {*sys.argv[1:2]} & {*LOOPS}:
         sys.exit(__doc__)
+    flags = parse_flags(sys.argv[2:])
+    if sys.argv[1] == "entropy" and (not flags.kl_coef or flags.lora_rank):
+        fail(2, "entropy needs --kl-coef, and no --lora-rank: adapters share the reference's weights")
     main(sys.argv[2:], loop=LOOPS[sys.argv[1]], recipe=sys.argv[1])

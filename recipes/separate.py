@@ -54,13 +54,13 @@ def separate(args, run, explore):
             parts.append((rollouts, scores, metrics))
             seconds += np.diff(clock)
 
-        # One line for both: the means of their metrics, and all skipped updates
+        # One line for both: the means of their metrics, and sums of what is counted
         rollouts = join(*(part and part[0] for part in parts))
         _, scores, metrics = zip(*filter(None, parts))
         both = {name: [part[name] for part in metrics if part[name] is not None] for name in metrics[0]}
         line = {"step": step, "share": share}
         line |= {name: sum(values) / len(values) if values else None for name, values in both.items()}
-        line["skipped_updates"] = sum(both["skipped_updates"])
+        line |= {name: sum(both[name]) for name in ("skipped_updates", "tokens_trained")}
         scores, clock = torch.cat(scores, 1), np.cumsum([0, *seconds])
         keep_books(args, run, line, batch, rollouts, scores, None, None, clock)
         if run.stopped:

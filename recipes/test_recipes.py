@@ -231,15 +231,10 @@ def test_a_fleet_shares_the_explorers_rollouts_and_the_ends(family, tmp_path):
     r = fleet(run.prompts, 8, seeded())  # the first member stops at the last one's stop tokens too
     stops = torch.isin(r.ids, torch.tensor(run.learner.stop_ids)) & r.mask
     assert stops.sum(2).max() == 1 and len(run.hashes["explorer"]) == 2
-
-
-def test_a_hot_copy_stays_what_the_learner_was():
-    run = SimpleNamespace(learner=tiny_model(), hashes={})
-    explore = explorers.hot_copy(SimpleNamespace(max_new_tokens=4, explorer_temperature=1.6, explorer_top_p=1,
-                                                 rollout_rows=9), run)
-    before = explore([[1, 2]], 8, seeded()).ids
-    run.learner.layers[0].mlp.down_proj.weight.data.mul_(5)
-    assert torch.equal(explore([[1, 2]], 8, seeded()).ids, before) and explore.keywords["temperature"] == 1.6
+    with pytest.raises(ValueError, match="give --also a model"):
+        explorers.open_fleet(args, run, ["pool.jsonl"])
+    with pytest.raises(ValueError, match="give --explorer a model"):
+        explorers.open_thinned(SimpleNamespace(explorer="pool.jsonl"), run)
 
 
 def test_thinned_groups_have_one_method_as_often_as_before(family):
@@ -347,7 +342,8 @@ def test_separate_updates_each_source_by_itself(family, tmp_path, monkeypatch):
         rollouts, advantages = args[3:5]
         updates.append((rollouts.from_explorer, advantages, learner.norm.weight.clone()))
         metrics, tokens = real(learner, *args, **more)
-        return metrics | {"skipped_updates": 1, "loss": float(len(updates))}, tokens
+        n = len(updates)
+        return metrics | {"skipped_updates": 1, "tokens_trained": n, "loss": float(n)}, tokens
 
     monkeypatch.setattr(separating, "update", spy)
     _, lines, _ = run_here(family, tmp_path / "run", "--mix-steps", 4, "--lr", 1e-2, loop=separating.separate)
@@ -358,6 +354,7 @@ def test_separate_updates_each_source_by_itself(family, tmp_path, monkeypatch):
     assert [line["rollouts_explorer"] for line in lines] == [16, 12, 8, 0]
     assert [line["rollouts_learner"] for line in lines] == [0, 0, 8, 16]
     assert [(line["loss"], line["skipped_updates"]) for line in lines] == [(1, 1), (2, 1), (3.5, 2), (5, 1)]
+    assert [line["tokens_trained"] for line in lines] == [1, 2, 7, 5]
 
 
 # ---- data.py -----------------------------------------------------------------------------------------------
@@ -416,6 +413,9 @@ def test_a_data_set_by_name_is_the_split_that_was_asked_for(tmp_path, monkeypatc
     questions = lambda name: [question for question, *_ in convert(capsys, name, tmp_path / name)[0]]
     assert questions("gsm8k") == ["train-0", "train-1"] and questions("gsm8k-test") == ["test-0"]
     assert asked[0] == (("openai/gsm8k",), {"repo_type": "dataset", "allow_patterns": "main/train*"})
+    parquet = hub / "OlympiadBench" / "OE_TO_maths_en_COMP" / "OE_TO_maths_en_COMP.parquet"
+    parquet.parent.mkdir(parents=True), parquet.touch()
+    assert data.download("olympiadbench") == [parquet]  # and not its folder
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **b: 1 / 0)
     assert "gsm8k cannot be downloaded" in convert(capsys, "gsm8k", tmp_path / "c")[1]
 

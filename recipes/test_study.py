@@ -22,7 +22,7 @@ from recipes import claims, explorers, pairs, plan
 from recipes import family as families
 from recipes.rescue import rescue
 from recipes.separate import separate
-from sample import sample
+from sample import KVCache, sample
 from test_all import family, flags, read_metrics, seeded, tiny_model, train_here  # noqa: F401
 
 SMALL = ("--steps 2 --prompts-per-step 4 --group-size 4 --eval-every 1 --max-new-tokens 4 --eval-problems 8 "
@@ -59,11 +59,13 @@ def test_intervals_hold_what_they_promise_when_pairs_differ():
 
 def test_a_claim_from_runs_to_table(study, family, tmp_path, monkeypatch, capsys):
     """The runs are train.py's, the numbers those of its metrics.jsonl; only a whole claim is published."""
-    with pytest.raises(ValueError, match="run `python recipes/claims.py search`"):
+    with pytest.raises(ValueError, match="run `python recipes/claims.py search --task natural`"):
         claims.rates("natural", "GRPO")
     claims.write_json(claims.ASSETS / "search.json", {
         "natural": {"GRPO": {"0.001": 0.3, "0.01": 0.2}, "S2L-PO": {"0.001": 0.3, "0.01": 0.5}}})
     assert claims.rates("natural", "GRPO") == (0.01, 0.001)
+    with pytest.raises(ValueError, match="no rates of fleet of 2 on natural: .* search --task natural"):
+        claims.rates("natural", "fleet of 2")
     monkeypatch.setattr(sys, "argv", "claims.py gain --task natural --pairs 2 --seeds 2".split())
     claims.main()
     assert "too few pairs for intervals" in capsys.readouterr().out
@@ -145,6 +147,10 @@ def test_a_plan_counts_what_an_update_keeps_and_computes(more, tmp_path):
         grpo.update(model, reference, grpo.Optimizer(model, 0.0), prompts, rollouts, torch.randn(P, G),
                     seeded(), **training.update_settings(args))
     assert plan.plan(args, L)[1]["update"] == pytest.approx(counter.get_total_flops(), rel=0.1)
+    args.eval_data, args.eval_problems, args.eval_n = "any", 5, 8  # more rows than a step's
+    caches = KVCache(model, 5 * 8, L + T), KVCache(model, 5, L)
+    planned = plan.plan(args, L)[0]["sampling"]["keys and values"]
+    assert planned == plan.size(kv for cache in caches for kv in cache.layers)
     kept, weights = [], {p.untyped_storage()._cdata for p in model.parameters()}
     rows = torch.arange(P).repeat_interleave(G), rollouts.ids.flatten(0, 1), rollouts.mask.flatten(0, 1)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):

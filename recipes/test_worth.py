@@ -15,9 +15,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import grpo
 import model as models
+import sample as sampling
 import train as training
 from recipes import claims, overtrain, pairs, remedies, worth
-from test_all import family, flags, seeded  # noqa: F401
+from test_all import PROMPTS, family, flags, seeded, tiny_model  # noqa: F401
 
 
 @pytest.fixture
@@ -61,7 +62,8 @@ def test_a_hot_learner_beside_an_explorer_at_1(steps_of):
 
 
 def test_dynamic_sampling_draws_all_fail_groups_again_and_no_others_and_pays_for_them(steps_of):
-    run, (line,), samples, updates = steps_of(remedies.LOOPS["dynamic"], "--explorer none --steps 1")
+    run, (line,), samples, updates = steps_of(remedies.LOOPS["dynamic"],
+                                             "--explorer none --steps 1 --loss dr_grpo")
     problem_of = {tuple(prompt): problem for prompt, problem in zip(run.prompts, run.problems)}
     fails, expected, thrown_away = [0, 1, 2, 3], [None] * 4, 0
     assert len(samples) > 1
@@ -79,10 +81,26 @@ def test_dynamic_sampling_draws_all_fail_groups_again_and_no_others_and_pays_for
     assert prompts == [group[0] for group in expected]
     for i, (_, ids, right) in enumerate(expected):
         assert torch.equal(rollouts.ids[i], ids) and bool(A[i].any()) <= bool(right)
+    assert 0 < A.max() <= 0.75  # (of one right in four; over the standard deviation it would be 1.5)
     assert line["tokens_thrown_away"] == thrown_away > 0
     size = {"learner": 100, "explorer": 10}
     kept = line["length_learner"] * 16
     assert worth.flops(line, size) == pytest.approx(200 * (kept + thrown_away) + 800 * line["tokens_trained"])
+
+
+@pytest.mark.parametrize("T, new_T", [(3, 5), (5, 3)])
+def test_what_is_drawn_again_may_be_longer_or_shorter(T, new_T):
+    write = lambda prompts, T: sampling.sample(tiny_model(), prompts, 2, seeded(), T)
+    rollouts, again, before = write(PROMPTS, T), write(PROMPTS[1:], new_T), write(PROMPTS, T)
+    batch, scores = [0, 1, 2, 3], torch.zeros(4, 2, 3)
+    scores[1, 0] = 1
+    write_again = lambda batch: (again, torch.ones(3, 2, 3))
+    thrown_away = remedies.draw_again(batch, rollouts, scores, write_again, [*"abcd"])
+    assert batch == ["a", 1, "c", "d"] and scores.sum((1, 2)).tolist() == [6, 3, 6, 6]
+    assert rollouts.ids.shape == rollouts.logps.shape == (4, 2, 5)
+    assert torch.equal(rollouts.ids[[0, 2, 3], :, :new_T], again.ids)
+    assert torch.equal(rollouts.ids[1, :, :T], before.ids[1])
+    assert thrown_away == before.lengths[[0, 2, 3]].sum() and not rollouts.ids[~rollouts.mask].any()
 
 
 def test_flops_by_hand():
@@ -227,9 +245,13 @@ def test_the_report_of_places_where_nothing_may_be_lost(capsys):
             for place, arm, gain in (("pruned", "GRPO", 0), ("twin", "rescue, positive", less))}
     worth.report_boundary(runs)
     assert capsys.readouterr().out.splitlines() == [
-        f"twin       rescue, positive     --lr {rate}, less GRPO's 2.455: {difference}" for rate, difference in (
+        f"twin       rescue, positive     --lr {rate}, less GRPO's 2.455: {found}" for rate, found in (
             ("0.0004", "-0.020 [-0.020, -0.020], won 0 of 8: worse"),
             ("0.0008", "+0.020 [+0.020, +0.020], won 8 of 8: better"))]
+    for arm in ("GRPO", "rescue, positive"):
+        del runs["pruned" if arm == "GRPO" else "twin", 24, arm, "--lr 0.0008", 1]
+    with pytest.raises(ValueError, match="runs are missing"):
+        worth.report_boundary(runs)
 
 
 def test_endpoints_by_hand():
@@ -296,6 +318,13 @@ def test_a_cells_result_is_that_of_its_pair_and_its_runs(study, family, monkeypa
     with pytest.raises(SystemExit, match="^0$"):
         overtrain.main(["--pairs", "1"])
     assert capsys.readouterr().out == told and len(left) == 8
+    path = overtrain.path_of((64, 2, 40))  # rounded otherwise, say: it takes the published one's place
+    path.parent.mkdir()
+    path.write_text(json.dumps(results[0] | {"GRPO": [0.0, 0.0]}))
+    with pytest.raises(SystemExit, match="^0$"):
+        overtrain.main(["--pairs", "1"])
+    again = json.loads((worth.RUNS / "assets" / "overtrain.json").read_text())
+    assert [result["GRPO"] for result in again] == [[0.0, 0.0], results[1]["GRPO"]]
 
 
 def test_what_a_cell_is_like_by_hand():

@@ -140,7 +140,8 @@ def searched(runs, arm):
     try:
         return sorted(((height(setting), setting) for setting in SETTINGS.get(arm, RATES)), reverse=True)
     except KeyError:
-        raise ValueError(f"{arm} has not been searched: run `python recipes/worth.py search`") from None
+        raise ValueError(f"{arm} has not been searched: run `python recipes/worth.py search`, with the same "
+                         "--pairs and --seeds") from None
 
 
 def confirm(args):
@@ -207,8 +208,11 @@ def runs_of(runs, place, arm, setting):
 
 
 def by_pair(values):
-    """[pairs, seeds] of {(pair, seed): value}."""
-    return np.array(list(values.values())).reshape(len({pair for pair, _ in values}), -1)
+    """[pairs, seeds] of {(pair, seed): value}. ValueError unless every pair has the same seeds."""
+    pairs, seeds = ({key[i] for key in values} for i in range(2))
+    if len(values) < len(pairs) * len(seeds):
+        raise ValueError(f"runs are missing of {len(pairs)} pairs x {len(seeds)} seeds: make them first")
+    return np.array(list(values.values())).reshape(len(pairs), -1)
 
 
 def confirmed(runs, arms):
