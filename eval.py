@@ -185,11 +185,12 @@ def results_of(write, tokenizer, problems_of, settings, out):
 
 def report(results, problems, ks, n):
     """Prints what models, {name: result}, reached on one data set. Returns {name: strict pass@k curve}."""
-    kinds = [("answer", "final answer right"), ("strict", "every written step right")]
-    in_words = all(problem.in_words for problem in problems)  # whose steps nobody checks
-    for kind, title in kinds[:1] if in_words else kinds:
-        curves = {name: [pass_at_k(result[kind], n, k) for k in ks] for name, result in results.items()}
-        print(f"{title}\n{table(ks, curves)}")
+    curves_of = lambda kind: {name: [pass_at_k(result[kind], n, k) for k in ks]
+                              for name, result in results.items()}
+    curves, in_words = curves_of("strict"), all(problem.in_words for problem in problems)
+    if not in_words:  # of free text nobody checks the steps: there strict is the final answer
+        print(f"final answer right\n{table(ks, curves_of('answer'))}")
+    print(f"{'final answer' if in_words else 'every written step'} right\n{table(ks, curves)}")
     for name, result in results.items():
         first, (low, high) = curves[name][0], interval(curves[name][0], len(problems))
         tokens, cut = (sum(result[key]) / len(problems) / n for key in ("tokens", "truncated"))
@@ -198,7 +199,7 @@ def report(results, problems, ks, n):
         found, group = crossover(ks, *list(curves.values())[:2]), min(16, n // 2)
         print(f"crossover of the first two: {f'k = {found:.1f}' if found else 'none'}")
         if group:
-            first, second = (result[kind] for result in list(results.values())[:2])
+            first, second = (result["strict"] for result in list(results.values())[:2])
             fails, explorer, own = headroom(first, second, n, group)
             print(f"as learner and explorer: {fails:.0%} of the first's groups of {group} fail; there "
                   f"{explorer:.2%}\nof the second's rollouts are right, and {own:.2%} of the first's own")
