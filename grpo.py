@@ -57,11 +57,11 @@ def token_weights(mask, loss, max_new_tokens):
     return mask / (len(mask) * mask.sum(1, keepdim=True).clamp(min=1))
 
 
-def off_policy_correction(choice, learner_logps, sampler_logps, from_explorer, advantages, mask):
+def off_policy_correction(choice, learner_logps, sampler_logps, from_explorer, mask):
     """(old log-probs, importance weights), both [N, T]: what stands in the ratio's denominator, and how much
     each token of the explorer counts. learner_logps are the learner's when the step began, sampler_logps
     those of whoever drew the token, both 0 outside mask [N, T]. from_explorer [N] says which rows are the
-    explorer's; advantages [N].
+    explorer's.
 
         recompute  the learner's own, as if it had written the tokens: every ratio starts at 1 and the clip
                    limits the drift within the step. The paper's choice: biased, and stable.
@@ -73,8 +73,8 @@ def off_policy_correction(choice, learner_logps, sampler_logps, from_explorer, a
         geometric  recompute, each row times min(exp(mean of log(pi_learner / pi_explorer) over its tokens),
                    2): how plausible the learner finds the rollout, per token, so that length does not drive
                    it to 0.
-        positive   recompute, but explorer rows with A < 0 are left out: imitate its successes, do not flee
-                   from its failures, which the learner would hardly have written.
+        positive   recompute, but `update` gives explorer rows with A < 0 an advantage of 0: imitate its
+                   successes, do not flee from its failures, which the learner would hardly have written.
     """
     off_policy = from_explorer[:, None]  # [N] -> [N, 1]
     old_logps, weights = learner_logps, torch.ones_like(learner_logps)
@@ -86,8 +86,6 @@ def off_policy_correction(choice, learner_logps, sampler_logps, from_explorer, a
     if choice == "geometric":
         mean = log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)  # [N, T] -> [N, 1]
         weights = torch.where(off_policy, mean.exp().clamp(max=2.0), weights)
-    if choice == "positive":
-        weights = torch.where(off_policy & (advantages[:, None] < 0), 0.0, weights)
     return old_logps, weights
 
 
@@ -200,10 +198,11 @@ def update(learner, reference, optimizer, prompts, rollouts, advantages, generat
     device = ids.device
     groups = torch.arange(P, device=device).repeat_interleave(G)  # [N] the prompt of each row
     sizes = groups.tolist(), [len(prompts[row // G]) for row in range(P * G)], mask.sum(1).tolist()
-    # Without a KL, A = 0 is a gradient of 0, and so is a weight of 0. A model that has become NaN earns equal
-    # rewards too, but its rows run: their loss is NaN, which is counted.
-    no_weight = (off_policy == "positive") & from_explorer & (A < 0)
-    teaches = (bool(reference) | (A != 0) & ~no_weight | sampler_logps.sum(1).isnan()).tolist()
+    if off_policy == "positive":
+        A = A.masked_fill(from_explorer & (A < 0), 0.0)
+    # Without a KL, A = 0 is a gradient of 0. A model that has become NaN earns equal rewards too, but its rows
+    # run: their loss is NaN, which is counted.
+    teaches = (bool(reference) | (A != 0) | sampler_logps.sum(1).isnan()).tolist()
 
     def logprobs(model, rows):
         return response_logprobs(model, prompts, groups[rows], ids[rows], mask[rows], temperature)
@@ -237,7 +236,7 @@ def update(learner, reference, optimizer, prompts, rollouts, advantages, generat
             logps, entropies = logprobs(learner, rows)
             before = logps.detach() if learner_logps is None else learner_logps[rows]
             old_logps, importance = off_policy_correction(off_policy, before, sampler_logps[rows],
-                                                          from_explorer[rows], A[rows], mask[rows])
+                                                          from_explorer[rows], mask[rows])
             part_loss, ratio, clipped = policy_loss(logps, old_logps, A[rows], weights[rows] * importance,
                                                     mask[rows], clip_low, clip_high, loss == "gspo")
             values = [ratio, clipped, entropies, before - sampler_logps[rows]]

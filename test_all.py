@@ -663,7 +663,7 @@ def test_groups_that_teach_nothing_cost_nothing_and_change_nothing(loss):
         model.load_state_dict(start)
         metrics, _ = grpo.update(model, reference, found, PROMPTS, r, A, seeded(), loss=loss,
                                  off_policy="positive")
-        if not reference:  # nor do rows of weight 0 cost anything
+        if not reference:  # nor do rows whose advantage became 0
             assert metrics["tokens_trained"] == r.lengths[(A > 0) | (A < 0) & ~r.from_explorer].sum()
     assert (found.gradients[1] - found.gradients[2]).norm() < 1e-6 * found.gradients[1].norm()
     optimizer = grpo.Optimizer(model, 1e-3)
@@ -767,18 +767,18 @@ def test_trap_16_gradients_of_the_kl_estimators():
 
 @pytest.mark.parametrize("choice, weight", [
     ("recompute", [1, 1]), ("behaviour", [1, 1]), ("truncated", [2, math.exp(-1)]),
-    ("geometric", [math.exp(0.5)] * 2), ("positive", [0, 0])])
+    ("geometric", [math.exp(0.5)] * 2), ("positive", [1, 1])])
 def test_trap_26_what_divides_in_the_ratio_of_explorer_tokens(choice, weight):
     """Explorer tokens scored as if the learner had drawn them: a choice with a name, not an accident."""
     learner, sampler = torch.tensor([[-1.0, -2.0]] * 2), torch.tensor([[-3.0, -1.0], [-1.1, -2.1]])
-    explorer, A, mask = torch.tensor([True, False]), torch.tensor([-1.0, -1.0]), torch.ones(2, 2) > 0
-    old, found = grpo.off_policy_correction(choice, learner, sampler, explorer, A, mask)
+    explorer, mask = torch.tensor([True, False]), torch.ones(2, 2) > 0
+    old, found = grpo.off_policy_correction(choice, learner, sampler, explorer, mask)
     assert torch.equal(old, torch.stack([(sampler if choice == "behaviour" else learner)[0], learner[1]]))
     assert torch.allclose(found, torch.tensor([weight, [1.0, 1.0]]))
     mask[0, 0] = False  # then the second token alone counts, with its log-ratio of -1
     padded = [x.masked_fill(~mask, 0.0) for x in (learner, sampler)]
-    _, found = grpo.off_policy_correction(choice, *padded, explorer, -A, mask)
-    expected = math.exp(-1) if choice in ("truncated", "geometric") else 1  # `positive` lets A > 0 pass
+    _, found = grpo.off_policy_correction(choice, *padded, explorer, mask)
+    expected = math.exp(-1) if choice in ("truncated", "geometric") else 1
     assert found[0, 1].item() == pytest.approx(expected)
 
 
