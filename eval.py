@@ -164,12 +164,14 @@ def parse_flags():
 
 
 def results_of(write, tokenizer, problems_of, settings, out):
-    """Yields (data, `evaluate`'s result) of one model, written to `out` when whole. What is there of
-    the same problems and settings is not run again. Every 16 problems have random numbers of their own."""
+    """Yields (data, `evaluate`'s result) of one model, written to `out` when whole. What is there of the same
+    problems and settings, the model's own among them, is not run again. Every 16 problems have random numbers
+    of their own."""
     for data, problems in problems_of.items():
         key = json.dumps([settings, [vars(problem) for problem in problems]])
         path = out / f"result-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"
         if not path.exists():
+            out.mkdir(parents=True, exist_ok=True)
             result = {"data": data, "settings": settings}
             seconds = 0.1 if sys.stderr.isatty() else 30  # in a log, a line is a line
             for start in tqdm(range(0, len(problems), 16), desc=data, unit="batch", mininterval=seconds):
@@ -177,7 +179,6 @@ def results_of(write, tokenizer, problems_of, settings, out):
                 found = evaluate(write, tokenizer, problems[start:start + 16], settings["n"], random,
                                  settings["thinking"], VERIFIERS[settings["verifier"]])
                 result |= {key: result.get(key, []) + found[key] for key in found}
-            out.mkdir(parents=True, exist_ok=True)
             (out / "partial").write_text(json.dumps(result))
             (out / "partial").replace(path)
         yield data, json.loads(path.read_text())
@@ -224,7 +225,8 @@ def main():
             write = partial(sample, model, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
                             top_k=args.top_k, top_p=args.top_p, presence_penalty=args.presence_penalty,
                             rows=args.rollout_rows)
-            hashed = settings | {"weights": fingerprint(model)}
+            hashed = settings | {"weights": fingerprint(model), "config": model.hf_config,
+                                 "stop_ids": model.stop_ids, "chat_template": tokenizer.chat_template}
             results[name] = dict(results_of(write, tokenizer, problems, hashed, out))
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         print(f"eval.py: error: {str(error).splitlines()[0]}", file=sys.stderr)

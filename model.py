@@ -348,7 +348,9 @@ def pick_device(name):
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        return str(torch.zeros(1, device=name).device)
+        probe = torch.zeros(1, device=name)
+        probe.item()  # which `meta` cannot give
+        return str(probe.device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
 
@@ -444,7 +446,9 @@ def load(source, device="cpu", dtype=torch.float32):
 
 def save(model, tokenizer, directory):
     """Writes config.json, model.safetensors and the tokeniser as transformers' `from_pretrained` reads them,
-    beside a directory of that name, which it then replaces. Adapters are merged first, for good."""
+    beside a directory of that name, which it then replaces. Adapters are merged first, for good. OSError if
+    the disk is full."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
     merge_lora(model)
     directory = Path(directory)
@@ -454,7 +458,10 @@ def save(model, tokenizer, directory):
     dtype = str(model.layers[0].self_attn.o_proj.weight.dtype).removeprefix("torch.")
     (partial / "config.json").write_text(json.dumps(model.hf_config | {"dtype": dtype}, indent=2))
     (partial / "generation_config.json").write_text(json.dumps({"eos_token_id": list(model.stop_ids)}))
-    save_file(hf_weights(model), partial / "model.safetensors", metadata={"format": "pt"})
+    try:
+        save_file(hf_weights(model), partial / "model.safetensors", metadata={"format": "pt"})
+    except SafetensorError as error:  # the disk is full
+        raise OSError(str(error)) from error
     tokenizer.save_pretrained(partial)
     shutil.rmtree(directory, ignore_errors=True)
     os.replace(partial, directory)

@@ -154,6 +154,7 @@ def as_problem(record):
     question, answer, task = record["question"], record["answer"], record.get("task", "math")
     if type(question) is not str or type(answer) not in (str, int, float):
         raise ValueError("`question` must be text and `answer` text or a number")
+    f"{question}{answer}".encode()  # ValueError: half of a surrogate pair, which no tokeniser takes
     if task not in [*INSTRUCTIONS] or task in TASKS and not TASKS[task].fullmatch(question):
         raise ValueError(f"{question[:40]!r} is no question of a task {task!r} ({', '.join(INSTRUCTIONS)})")
     answer = str(answer).rpartition("####")[2].strip()  # GSM8K's answers end so
@@ -202,14 +203,14 @@ def extract_answer(text):
     return None
 
 
-COMMANDS = {"pi": "π", "infty": "∞", "cup": "∪", "in": "∈", "pm": "±", "degree": "°", "le": "≤", "leq": "≤",
+COMMANDS = {"pi": "π", "infty": "∞", "cup": "∪", "in": "∈", "pm": "±", "le": "≤", "leq": "≤",
             "leqslant": "≤", "ge": "≥", "geq": "≥", "geqslant": "≥", "dfrac": r"\frac", "tfrac": r"\frac",
             **dict.fromkeys("left right big Big bigg Bigg displaystyle quad qquad".split(), " ")}
 TIDY = [(re.compile(pattern), plain) for pattern, plain in (
     (r"\s+", " "), ("−", "-"),
     (r"(?<=[0-9])(?:\{,\}|,\\! ?|\\,)(?=[0-9]{3}(?![0-9]))", ""),  # 10{,}000
     (r"\\(?:text(?:bf|it|rm)?|math(?:bf|it|rm)|mbox|operatorname) ?\{([^{}]*)\}", r" \1 "),
-    (r"\^ ?(?:\\circ|\{ ?\\circ ?\})|degrees?\b", "°"), (r"\\%| percent\b", "%"),
+    (r"\^ ?(?:\\circ|\{ ?\\circ ?\})|\\?degrees?\b", "°"), (r"\\%| percent\b", "%"),
     (r"\\\$ ?([0-9.,]*[0-9])", r" \1 dollar"),
     (r"\\([A-Za-z]+)", lambda command: COMMANDS.get(command[1], command[0])),
     (r"(?<!\\)(?:\\[,;:!()\[\] ]|\$)|~", " "), (r" +", " "), (r" ?,? ?\band\b ?", ", "),

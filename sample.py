@@ -262,6 +262,7 @@ def main():
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and activations")
     args = parser.parse_args()
     try:
+        args.prompt.encode()  # ValueError if the terminal gave what is no text
         model, tokenizer = load(args.model, pick_device(args.device), getattr(torch, args.dtype))
         prompt = encode(args.prompt, tokenizer, args.chat)
         random = torch.Generator().manual_seed(args.seed)

@@ -6,6 +6,7 @@ Small GRPO code seldom crashes when it is wrong: it trains worse. "Trap n" is su
 says what it does to training, and the test fails if it is put back. Two slow, obvious functions say what the
 fast ones must give: `row_logprobs` and `plain_loss`. Nothing is downloaded: models are tiny and made here.
 """
+import contextlib
 import copy
 import functools
 import inspect
@@ -14,6 +15,7 @@ import json
 import math
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -981,7 +983,7 @@ def test_traps_23_30_answers_that_differ(given, truth):
 \pi/2 ¦ \frac{\pi}{2}; -3\pi/4 ¦ -\frac{3 \pi}4; 50% ¦ 0.5; 50% ¦ 50; 50\% ¦ 50%; 62.5 ¦ 62.5\%
 50 percent ¦ 0.5; $5 ¦ 5; \$5 ¦ 5; -\$5 ¦ -5; \$1,234.50 ¦ 1234.5 dollars; 18 dollars ¦ 18; 5 cm^2 ¦ 5
 12 \text{ cm}^{2} ¦ 12; 5.4 \text{ cents} ¦ 5.4; 90^\circ ¦ 90; 90^{\circ} ¦ 90 degrees; (5\mathrm{cm}) ¦ 5
-x=5 ¦ 5; f(x) = 2x ¦ 2x; (x,y)=(1,2) ¦ (1,2); x \in [1,2] ¦ [1,2]; m_{\max}=n^2 ¦ n^{2}
+90\degree ¦ 90; x=5 ¦ 5; f(x) = 2x ¦ 2x; (x,y)=(1,2) ¦ (1,2); x \in [1,2] ¦ [1,2]; m_{\max}=n^2 ¦ n^{2}
 \left( 3, \frac{\pi}{2} \right) ¦ (3,\pi/2); \{200,100\} ¦ \left\{ 100, 200 \right\}
 \{\{1,2\},3\} ¦ \{3,\{2,1\}\}; 1,2,\text{ and }3 ¦ 1,2,3; 1 and 2 ¦ 1, 2; (0.5,3) ¦ (\frac{1}{2},3.0)
 (-\infty,2]\cup[3,+\infty) ¦ [3,\infty) \cup (-\infty,2]; \text{Even} ¦ even; \text{(C)} ¦ C; $p - q$ ¦ p-q.
@@ -1106,6 +1108,7 @@ def test_corpora_and_problems(task):
 
 @pytest.mark.parametrize("line, complaint", [
     (b"{", "Expecting"), (b"[1]", "needs .*, found list"), (b'{"question": "q"}', "needs"),
+    (b'{"question": "\\ud800 q", "answer": "2"}', "surrogates not allowed"),
     (b'{"question": 1, "answer": "2"}', "must be text"), (b'{"question": "q", "answer": true}', "a number"),
     (b'{"question": "q", "answer": "1", "task": "chess"}', "no question of a task 'chess'"),
     (b'{"question": "3+=", "answer": "1", "task": "natural"}', "no question of a task 'natural'"),
@@ -1205,6 +1208,8 @@ def test_eval_cli_keeps_results_and_knows_a_replaced_model(family, tmp_path, mon
     models.save(model, tokenizer, tmp_path / "model")
     assert evaluated() != text and ran == [16, 4]
     assert evaluated("--seed", 1) and ran == [16, 4, 16, 4]
+    (tmp_path / "model" / "generation_config.json").write_text('{"eos_token_id": [5, 6]}')
+    assert evaluated() and ran == [16, 4]
     long = [*reward.load_problems(family / "train.jsonl"), reward.Problem("1+1" * 42 + "=", "2")]
     reward.save_problems(long, tmp_path / "long")
     with pytest.raises(SystemExit):
@@ -1338,6 +1343,33 @@ def test_a_damaged_checkpoint_is_passed_over(damage, family, tmp_path, capsys, r
     assert code == 2 and error.splitlines()[-1].startswith("train.py: error: no checkpoint in")
 
 
+@contextlib.contextmanager
+def files_up_to(size):
+    """As on a disk that fills up: no file can grow beyond `size` bytes."""
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, usual[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+
+
+def save_state(model, tokenizer, out):
+    training.write_whole(out, lambda file: torch.save(model.state_dict(), file))
+
+
+@pytest.mark.parametrize("save", [models.save, save_state])
+def test_a_disk_that_fills_up(save, family, tmp_path, monkeypatch, capsys):
+    """Both libraries raise errors of their own then, which would read as bugs."""
+    model, tokenizer = models.load(family / "learner")
+    monkeypatch.setattr(training, "load_run", lambda *given: (SimpleNamespace(stopped=0), None))
+    monkeypatch.setattr(training, "evaluate_base_models", lambda *given: None)
+    loop, out = lambda *given: save(model, tokenizer, tmp_path / "saved"), tmp_path / "run"
+    with files_up_to(20_000):
+        code, _, error = main_here(capsys, flags(family, out), loop=loop)
+    assert code == 2 and "File too large" in error and error.count("\n") == 1
+
+
 @pytest.mark.parametrize("accident, code, complaint", [
     (lambda out, run: (out / "checkpoint_000003.pt.partial").symlink_to("/dev/full"), 2, "No space left"),
     (lambda out, run: torch.empty(10 ** 15), 3, "out of memory: lower --rollout-rows"),
@@ -1361,6 +1393,7 @@ def test_an_accident_in_step_3_ends_the_run_and_what_was_saved_stays(
     assert sum("2 updates skipped" in line for line in warnings) == (5 if code == 4 else len(warnings))
     assert max(out.glob("checkpoint_*.pt")).name == "checkpoint_000002.pt"
     (out / "checkpoint_000003.pt.partial").unlink(missing_ok=True)
+    (out / "rollouts" / "step_000007.json").write_text('[{"cut sh')
     resumes(out, *more)
 
 

@@ -265,7 +265,8 @@ def load_run(args, open_explorer):
     problems, prompts = read_problems(args, learner, tokenizer, args.data)
     held_out = read_problems(args, learner, tokenizer, args.eval_data)[0] if args.eval_data else []
     held_out = held_out[:args.eval_problems]
-    if seen := {problem.question for problem in problems} & {problem.question for problem in held_out}:
+    asked = lambda problems: {" ".join(problem.question.split()) for problem in problems}
+    if seen := asked(problems) & asked(held_out):
         print(f"warning: {len(seen)} held-out questions are in --data too: pass@k there is not held out",
               file=sys.stderr)
     learner.compiled, learner.checkpoint_layers = args.compile, args.checkpoint_layers
@@ -365,6 +366,9 @@ def claim(args, run, out):
     out.mkdir(parents=True, exist_ok=True)
     write_whole(out / "config.json", lambda file: file.write(json.dumps(settings, indent=2).encode()))
     (out / "rollouts").mkdir(exist_ok=True)
+    for path in (out / "rollouts").glob("step_*.json"):  # of steps to come again; one may be cut short
+        if int(path.stem.removeprefix("step_")) > last_step(run):
+            path.unlink()
     (out / "metrics.jsonl").write_text("".join(map(as_json, run.history)))
 
 
@@ -553,6 +557,8 @@ def main(argv=None, loop=train, open_explorer=open_explorer, recipe=None):
     except FloatingPointError as error:
         fail(4, error)
     except (RuntimeError, MemoryError) as error:
+        if isinstance(error.__context__, OSError):  # a full disk, over which torch.save raises its own
+            fail(2, error.__context__)
         if not re.search("out of memory|can't allocate|ALLOC_FAILED|MemoryError", f"{error}{type(error)}"):
             raise
         fail(3, "out of memory: lower --rollout-rows (sampling) or --micro-batch-tokens (training), or ask "

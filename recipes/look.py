@@ -146,7 +146,7 @@ def plain_grpo(out):
         settings = {"recipe": None} | json.loads((path / "config.json").read_text())
         who = settings["hash_of_explorer"], settings["recipe"]
         return settings | dict.fromkeys(("explorer", "hash_of_explorer", "recipe")), who
-    for path in sorted(out.parent.iterdir()):
+    for path in sorted(out.parent.glob("*")):  # none, if that directory may not be listed
         try:
             if path != out and experiment(path) == (experiment(out)[0], (None, None)):
                 return [json.loads(line) for line in open(path / "metrics.jsonl")]
