@@ -175,7 +175,7 @@ def results_of(write, tokenizer, problems_of, settings, out):
             result = {"data": data, "settings": settings}
             seconds = 0.1 if sys.stderr.isatty() else 30  # in a log, a line is a line
             for start in tqdm(range(0, len(problems), 16), desc=data, unit="batch", mininterval=seconds):
-                random = torch.Generator().manual_seed(settings["seed"] * 1_000_003 + start)
+                random = torch.Generator().manual_seed((settings["seed"] * 1_000_003 + start) % 2 ** 63)
                 found = evaluate(write, tokenizer, problems[start:start + 16], settings["n"], random,
                                  settings["thinking"], VERIFIERS[settings["verifier"]])
                 result |= {key: result.get(key, []) + found[key] for key in found}
@@ -225,8 +225,7 @@ def main():
             write = partial(sample, model, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
                             top_k=args.top_k, top_p=args.top_p, presence_penalty=args.presence_penalty,
                             rows=args.rollout_rows)
-            hashed = settings | {"weights": fingerprint(model), "config": model.hf_config,
-                                 "stop_ids": model.stop_ids, "chat_template": tokenizer.chat_template}
+            hashed = settings | {"model": fingerprint(model), "chat_template": tokenizer.chat_template}
             results[name] = dict(results_of(write, tokenizer, problems, hashed, out))
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         print(f"eval.py: error: {str(error).splitlines()[0]}", file=sys.stderr)

@@ -401,8 +401,9 @@ def load_weights(model, directory):
 
 
 def fingerprint(model):
-    """A hash of the weights, of some of each tensor: a path may hold another model than it did yesterday."""
-    digest = hashlib.sha256()
+    """A hash of config, stop tokens and weights (some of each tensor): a path may hold another model than it
+    did yesterday."""
+    digest = hashlib.sha256(f"{model.config}{model.stop_ids}".encode())
     for weight in model.parameters():
         digest.update(weight.detach().flatten()[:4096].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

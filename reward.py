@@ -64,7 +64,7 @@ def score(problem, text):
         strict = answer and natural_is_legal(problem.question, text)
     elif problem.task == "choice":
         final = tidy((extract_answer(text) or "")[:1_000])[1]  # `B`, `Option B`, `(B) bank`, but not `B or C`
-        letter = re.fullmatch(r"(?:[Oo]ption)?\(?([A-Z])(?:[).:](?!\W*[A-Z](?![A-Za-z])).*)?", final)
+        letter = re.fullmatch(r"(?:[Oo]ption)?\(?([A-Z])(?:[).:](?!\W*(?:or\W*)?[A-Z](?![A-Za-z])).*)?", final)
         answer = strict = bool(letter) and letter[1] == problem.answer
     else:
         answer = strict = answers_equal(extract_answer(text), problem.answer)
@@ -152,7 +152,7 @@ def as_problem(record):
         found = ", ".join(record) if isinstance(record, dict) else type(record).__name__
         raise ValueError(f"needs `question` and `answer`, found {found}: recipes/data.py converts data sets")
     question, answer, task = record["question"], record["answer"], record.get("task", "math")
-    if type(question) is not str or type(answer) not in (str, int, float):
+    if type(question) is not str or type(answer) not in (str, int, float) or answer != answer:
         raise ValueError("`question` must be text and `answer` text or a number")
     f"{question}{answer}".encode()  # ValueError: half of a surrogate pair, which no tokeniser takes
     if task not in [*INSTRUCTIONS] or task in TASKS and not TASKS[task].fullmatch(question):

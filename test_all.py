@@ -1008,7 +1008,7 @@ def test_choices_are_scored_by_their_letter():
         r"\boxed{\textbf{(B) }42}", "Answer: (B) ox", "answer: B. ox", "Answer: Option B", "Answer:\n**B**")))
     assert not any(map(right, (
         r"\boxed{A}", "B", "Answer: Bank", r"\boxed{}", r"\boxed{AB}", "", "Answer: B or C", "Answer: B, C",
-        "Answer: (B)(C)", "Answer: B. C", "Answer: not B", "Answer: b")))
+        "Answer: (B)(C)", "Answer: (B) or (C)", "Answer: B. or C", "Answer: B. C", "Answer: not B", "Answer: b")))
 
 
 @pytest.mark.parametrize("answer", ["", " ", "$", ".", "x=", "#### ", r"\boxed{}", r"\left\right", "()"])
@@ -1110,6 +1110,7 @@ def test_corpora_and_problems(task):
     (b"{", "Expecting"), (b"[1]", "needs .*, found list"), (b'{"question": "q"}', "needs"),
     (b'{"question": "\\ud800 q", "answer": "2"}', "surrogates not allowed"),
     (b'{"question": 1, "answer": "2"}', "must be text"), (b'{"question": "q", "answer": true}', "a number"),
+    (b'{"question": "q", "answer": NaN}', "a number"),
     (b'{"question": "q", "answer": "1", "task": "chess"}', "no question of a task 'chess'"),
     (b'{"question": "3+=", "answer": "1", "task": "natural"}', "no question of a task 'natural'"),
     (b'{"question": "q", "answer": "so #### "}', "the answer is empty"), (b"[" * 100_000, ""),
@@ -1416,6 +1417,11 @@ def test_one_experiment_an_out(family, tmp_path, capsys):
     refused("run", "other settings: recipe None -> rescue", "--resume", recipe="rescue")
     refused("run", "other settings: lr 0.001 -> 0.0001, seed 0 -> 3\n", "--resume", "--lr", 1e-4, "--seed", 3)
     train_here(family, tmp_path / "run", "--resume", *more, "--micro-batch-tokens", 64)  # no part of it
+    stops = tmp_path / "learner" / "generation_config.json"
+    as_before = stops.read_bytes()
+    stops.write_text('{"eos_token_id": [5, 6]}')
+    refused("run", "other settings: hash_of_learner", "--resume")
+    stops.write_bytes(as_before)
     shutil.copytree(tmp_path / "run" / "learner", tmp_path / "learner", dirs_exist_ok=True)
     refused("run", "other settings: hash_of_learner", "--resume")
 
@@ -1474,6 +1480,8 @@ def test_the_picture_has_plain_grpo_where_there_is_such_a_run(family, tmp_path, 
     train_here(family, tmp_path / "seed", "--explorer", "none", "--seed", 1)  # another experiment
     train_here(family, tmp_path / "run")
     rewards = lambda lines: [line.get("reward") for line in lines]
+    (tmp_path / "another").mkdir()
+    (tmp_path / "another" / "config.json").write_text("[1]")  # no run's
     assert rewards(look.plain_grpo(tmp_path / "run")) == rewards(read_metrics(tmp_path / "grpo"))
     shutil.rmtree(tmp_path / "grpo")
     assert look.plain_grpo(tmp_path / "run") == []
@@ -1529,7 +1537,7 @@ def test_bad_input_is_one_line_exit_code_2_and_nothing_made(
     monkeypatch.setattr(families, "make_family", lambda *args, **more: pytest.fail("minutes for a slip"))
     Path("broken").write_text((family / "train.jsonl").read_text()[:60] + "\n")
     reward.save_problems([reward.Problem("1+1" * 100, "2")], "long")
-    reward.save_problems([reward.Problem("What is 1+1?", "2")], "words")
+    reward.save_problems([reward.Problem("1+1", "2"), reward.Problem("What is 1+1?", "2")], "words")
     reward.save_problems([reward.Problem("1+1" * 10 + "=", "2")], "longer")
     config = Path(shutil.copytree(family / "explorer", "short"), "config.json")
     config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 24}))

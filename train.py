@@ -206,7 +206,8 @@ def resolve(args):
                      "learner": f"{family}/learner", "explorer": f"{family}/explorer",
                      "data": f"{family}/train.jsonl", "eval_data": f"{family}/heldout.jsonl"}
     for name, value in defaults.items():
-        setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     ranges = RANGES | {"mix_steps": (1, args.steps), "minibatches": (1, args.prompts_per_step)}
     for name, (least, most) in ranges.items():
         if not least <= (value := getattr(args, name)) <= most:
@@ -245,7 +246,7 @@ def past_steps(run):
 
 
 def load_run(args, open_explorer):
-    """(Run, explore). What was typed is checked before anything is made. ValueError or OSError, one line."""
+    """(Run, explore). What can be checked is, before anything is made. ValueError or OSError, one line."""
     out, family = Path(args.out), Path(family_of(args.task))
     there = [path for path in out.glob("*") if path.suffix != ".partial"]  # which a killed run leaves
     if there and args.resume and not (out / "config.json").exists():
@@ -301,7 +302,8 @@ def read_problems(args, learner, tokenizer, path):
     none does, or the tokeniser loses text."""
     problems, context = load_problems(path), learner.config.max_position_embeddings
     prompts = [encode(p.prompt, tokenizer, p.in_words, args.thinking) for p in problems]
-    if lost := {c for c in problems[0].question if "!" <= c <= "~"} - {*tokenizer.decode(prompts[0])}:
+    kept = {*"".join(map(tokenizer.decode, prompts))}
+    if lost := {c for problem in problems for c in problem.question if "!" <= c <= "~"} - kept:
         raise ValueError(f"{path}: {args.learner}'s tokeniser has no tokens for {''.join(sorted(lost))!r}")
     fits = [i for i, prompt in enumerate(prompts) if len(prompt) + args.max_new_tokens <= context]
     if len(fits) < len(problems):
@@ -359,8 +361,8 @@ def claim(args, run, out):
     if (out / "config.json").exists():
         before = json.loads((out / "config.json").read_text())
         known = {"learner", "explorer", "data", "eval_data"}  # by their hashes, wherever they lie
-        if changed := [name for name in settings.keys() - known if settings[name] != before.get(name)]:
-            changed = [f"{name} {before.get(name)} -> {settings[name]}" for name in sorted(changed)]
+        if changed := [f"{name} {before.get(name)} -> {settings[name]}"
+                       for name in sorted(settings.keys() - known) if settings[name] != before.get(name)]:
             raise ValueError(f"{out} began with other settings: {', '.join(changed)}")
         restore(run, out)
     out.mkdir(parents=True, exist_ok=True)

@@ -150,7 +150,7 @@ def plain_grpo(out):
         try:
             if path != out and experiment(path) == (experiment(out)[0], (None, None)):
                 return [json.loads(line) for line in open(path / "metrics.jsonl")]
-        except (OSError, ValueError, LookupError):
+        except (OSError, ValueError, LookupError, TypeError):
             continue  # no run, or one that is broken: this is only for a picture
     return []
 
