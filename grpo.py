@@ -200,8 +200,8 @@ def update(learner, reference, optimizer, prompts, rollouts, advantages, generat
     sizes = groups.tolist(), [len(prompts[row // G]) for row in range(P * G)], mask.sum(1).tolist()
     if off_policy == "positive":
         A = A.masked_fill(from_explorer & (A < 0), 0.0)
-    # Without a KL, A = 0 is a gradient of 0. A model that has become NaN earns equal rewards too, but its rows
-    # run: their loss is NaN, which is counted.
+    # Without a KL, A = 0 is a gradient of 0. A model that has become NaN earns equal rewards too, but its
+    # rows run: their loss is NaN, which is counted.
     teaches = (bool(reference) | (A != 0) | sampler_logps.sum(1).isnan()).tolist()
 
     def logprobs(model, rows):

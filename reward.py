@@ -64,8 +64,8 @@ def score(problem, text):
         strict = answer and natural_is_legal(problem.question, text)
     elif problem.task == "choice":
         final = tidy((extract_answer(text) or "")[:1_000])[1]  # `B`, `Option B`, `(B) bank`, but not `B or C`
-        letter = re.fullmatch(r"(?:[Oo]ption)?\(?([A-Z])(?:[).:](?!\W*(?:or\W*)?[A-Z](?![A-Za-z])).*)?", final)
-        answer = strict = bool(letter) and letter[1] == problem.answer
+        found = re.fullmatch(r"(?:[Oo]ption)?\(?([A-Z])(?:[).:](?!\W*(?:or\W*)?[A-Z](?![A-Za-z])).*)?", final)
+        answer = strict = bool(found) and found[1] == problem.answer
     else:
         answer = strict = answers_equal(extract_answer(text), problem.answer)
     return Score(reward=float(strict), strict=strict, answer=answer)  # your own reward: change `reward=` here
