@@ -29,6 +29,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import anneal
@@ -427,7 +428,7 @@ def test_trap_19_the_next_rollout_sees_updated_weights(compile):
 
 def test_decoding_is_compiled_once(monkeypatch):
     """Each further graph costs as much as the first, and beyond eight torch gives up: it runs uncompiled."""
-    model, graphs = tiny_model(num_hidden_layers=1), torch._dynamo.testing.CompileCounter()
+    model, graphs = tiny_model(num_hidden_layers=1), CompileCounter()
     step = torch.compile(sampling.decode_step, dynamic=True, backend=graphs)
     monkeypatch.setattr(sampling, "compiled", lambda function: step)
     model.compiled = True
