@@ -356,6 +356,12 @@ def pick_device(name):
         raise ValueError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
 
 
+def out_of_memory(error):
+    """Whether an exception says that memory ran out. Every allocator has its own words for it."""
+    return isinstance(error, MemoryError) or any(
+        words in str(error) for words in ("out of memory", "can't allocate", "ALLOC_FAILED"))
+
+
 def directory_of(source):
     """Path of a checkpoint: a directory, or a name on the Hugging Face hub, which is downloaded once."""
     if Path(source).is_dir():

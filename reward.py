@@ -162,6 +162,8 @@ def as_problem(record):
         answer = (last_boxed(answer) or "").strip()
     if not tidy(answer[:1_000])[1]:  # a bare `$`, `.` or `x=` too
         raise ValueError("the answer is empty")
+    if task in TASKS and not re.fullmatch("[0-9]", answer):
+        raise ValueError(f"the answer {answer[:40]!r} is not one digit, as those of task {task!r} are")
     return Problem(question, answer, task)
 
 

@@ -20,7 +20,6 @@ import hashlib
 import importlib.util
 import json
 import os
-import re
 import signal
 import sys
 import time
@@ -37,7 +36,7 @@ import torch
 from anneal import SCHEDULES, explorer_share, split_group
 from eval import evaluate, pass_at_k, powers_of_two, table
 from grpo import LOSSES, OFF_POLICY, Optimizer, group_advantages, update
-from model import Transformer, add_lora, fingerprint, load, pick_device, save
+from model import Transformer, add_lora, fingerprint, load, out_of_memory, pick_device, save
 from reward import TASKS, load_problems, score
 from sample import check_lengths, decode, encode, join, sample
 
@@ -249,6 +248,7 @@ def load_run(args, open_explorer):
     """(Run, explore). What can be checked is, before anything is made. ValueError or OSError, one line."""
     out, family = Path(args.out), Path(family_of(args.task))
     there = [path for path in out.glob("*") if path.suffix != ".partial"]  # which a killed run leaves
+    there += [out] * out.is_file()
     if there and args.resume and not (out / "config.json").exists():
         raise ValueError(f"--resume: {out} holds no run")
     if there and not args.resume:
@@ -561,7 +561,7 @@ def main(argv=None, loop=train, open_explorer=open_explorer, recipe=None):
     except (RuntimeError, MemoryError) as error:
         if isinstance(error.__context__, OSError):  # a full disk, over which torch.save raises its own
             fail(2, error.__context__)
-        if not re.search("out of memory|can't allocate|ALLOC_FAILED|MemoryError", f"{error}{type(error)}"):
+        if not out_of_memory(error):
             raise
         fail(3, "out of memory: lower --rollout-rows (sampling) or --micro-batch-tokens (training), or ask "
                 "recipes/plan.py; --resume goes on from the last checkpoint")
