@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from model import fingerprint, load, out_of_memory, pick_device
+from model import fingerprint, load, one_line, pick_device
 from reward import Score, load_problems, score
 from sample import check_lengths, decode, encode, sample
 
@@ -227,12 +227,8 @@ def main():
                             rows=args.rollout_rows)
             hashed = settings | {"model": fingerprint(model), "chat_template": tokenizer.chat_template}
             results[name] = dict(results_of(write, tokenizer, problems, hashed, out))
-    except (ValueError, OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError):
-            if not out_of_memory(error):
-                raise
-            error = "out of memory: lower --rollout-rows"
-        print(f"eval.py: error: {str(error).splitlines()[0]}", file=sys.stderr)
+    except Exception as error:
+        print(f"eval.py: error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
     ks, figure = powers_of_two(args.n), new_figure(len(problems))
     for i, data in enumerate(problems):

@@ -362,6 +362,15 @@ def out_of_memory(error):
         words in str(error) for words in ("out of memory", "can't allocate", "ALLOC_FAILED"))
 
 
+def one_line(error):
+    """An error that the user can mend, in one line. Another is a bug: raised again, with its traceback."""
+    if out_of_memory(error):
+        return "out of memory: sample fewer rollouts at once, or shorter ones"
+    if not isinstance(error, (ValueError, OSError)):
+        raise error
+    return str(error).partition("\n")[0]
+
+
 def directory_of(source):
     """Path of a checkpoint: a directory, or a name on the Hugging Face hub, which is downloaded once."""
     if Path(source).is_dir():

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import compiled, load, out_of_memory, pick_device, project, read_prompts
+from model import compiled, load, one_line, pick_device, project, read_prompts
 
 LOOK_EVERY = 8  # tokens: how often the host asks which rows have finished. Each time it waits for the GPU
 
@@ -268,12 +268,8 @@ def main():
         random = torch.Generator().manual_seed(args.seed)
         rollouts = sample(model, [prompt], args.n, random, args.max_new_tokens, args.temperature, args.top_k,
                           args.top_p)
-    except (ValueError, OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError):
-            if not out_of_memory(error):
-                raise
-            error = "out of memory: lower --n"
-        parser.exit(2, f"sample.py: error: {error}\n")
+    except Exception as error:
+        parser.exit(2, f"sample.py: error: {one_line(error)}\n")
     for i, text in enumerate(decode(rollouts, tokenizer)[0]):
         end = "stopped" if rollouts.finished[0, i] else "cut"
         print(f"--- {rollouts.lengths[0, i]} tokens, {end}, log-prob {rollouts.logps[0, i].sum():.2f}")

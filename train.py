@@ -248,7 +248,8 @@ def load_run(args, open_explorer):
     """(Run, explore). What can be checked is, before anything is made. ValueError or OSError, one line."""
     out, family = Path(args.out), Path(family_of(args.task))
     there = [path for path in out.glob("*") if path.suffix != ".partial"]  # which a killed run leaves
-    there += [out] * out.is_file()
+    if out.is_file():
+        raise ValueError(f"--out {out} is a file, not a directory")
     if there and args.resume and not (out / "config.json").exists():
         raise ValueError(f"--resume: {out} holds no run")
     if there and not args.resume:

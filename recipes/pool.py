@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from anneal import explorer_share, split_group
-from model import fingerprint, load, out_of_memory, pick_device
+from model import fingerprint, load, one_line, pick_device
 from reward import load_problems, score
 from sample import Rollouts, check_lengths, decode, encode, sample
 from train import batch_of, write_whole
@@ -192,12 +192,8 @@ def main(argv=None):
         if not 1 <= shard <= shards:
             raise ValueError(f"--shard {args.shard}: not from 1/{shards} to {shards}/{shards}")
         write_pool(args, shard, shards)
-    except (ValueError, OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError):
-            if not out_of_memory(error):
-                raise
-            error = "out of memory: lower --rollout-rows"
-        parser.exit(2, f"pool.py: error: {str(error).splitlines()[0]}\n")
+    except Exception as error:
+        parser.exit(2, f"pool.py: error: {one_line(error)}\n")
 
 
 if __name__ == "__main__":
