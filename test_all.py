@@ -1009,7 +1009,8 @@ def test_choices_are_scored_by_their_letter():
         r"\boxed{\textbf{(B) }42}", "Answer: (B) ox", "answer: B. ox", "Answer: Option B", "Answer:\n**B**")))
     assert not any(map(right, (
         r"\boxed{A}", "B", "Answer: Bank", r"\boxed{}", r"\boxed{AB}", "", "Answer: B or C", "Answer: B, C",
-        "Answer: (B)(C)", "Answer: (B) or (C)", "Answer: B. or C", "Answer: B. C", "Answer: not B", "Answer: b")))
+        "Answer: (B)(C)", "Answer: (B) or (C)", "Answer: B. or C", "Answer: B. C", "Answer: not B",
+        "Answer: b")))
 
 
 @pytest.mark.parametrize("answer", ["", " ", "$", ".", "x=", "#### ", r"\boxed{}", r"\left\right", "()"])
