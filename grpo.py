@@ -143,9 +143,12 @@ def response_logprobs(model, prompts, groups, ids, mask, temperature=1.0):
     allowed = allowed.repeat(1, 1, query_heads, 1)  # which `attend` lays one after another as more queries
 
     def after_prompt(layer, k, v):  # [N, K, T-1, h] -> [N, K, L+T-1, h]
-        return *(torch.cat([old[groups], new], dim=2) for old, new in zip(cache[layer], (k, v))), allowed
+        return *(torch.cat([old.index_select(0, groups), new], dim=2)
+                 for old, new in zip(cache[layer], (k, v))), allowed
 
-    hidden = last[groups, None]  # [N, 1, D]: a prompt's last token predicts its responses' first
+    # index_select, not old[groups]: that one's backward pass adds with atomics, in an order that other
+    # processes on the machine decide, and the last bits of a sum depend on its order.
+    hidden = last.index_select(0, groups)[:, None]  # [N, 1, D]: a prompt's last token predicts the first
     if T > 1:
         rest = model(ids[:, :T - 1], lengths[groups, None] + steps, after_prompt)  # [N, T-1, D]
         hidden = torch.cat([hidden, rest], dim=1)
