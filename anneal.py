@@ -7,9 +7,6 @@ Early on, many of the learner's own groups fail altogether. An explorer that fai
 successes to learn from. Later its rollouts are off-policy and worse than the learner's own, so the share
 falls to 0. From step T_mix on this is plain GRPO (schedules linear and cosine).
 
-T_mix is a guess at how long that takes. The schedule `measured`, which is not the paper's, looks at past
-steps instead.
-
     python anneal.py --steps 16 --mix-steps 8 --group-size 16          prints the table of a run
 """
 import argparse
@@ -20,42 +17,26 @@ SCHEDULES = {
     "cosine": "the same end points along half a cosine: slower to leave, slower to arrive",
     "step": "the explorer alone up to mix-steps, then the learner alone",
     "constant": "explorer-share at every step, to the end",
-    "measured": "by how many groups only the explorer solves, beside the learner's: no T_mix to choose",
 }
 
 
-def explorer_share(step, mix_steps, schedule="linear", constant=0.5, history=()):
+def explorer_share(step, mix_steps, schedule="linear", constant=0.5):
     """alpha_i in [0, 1] of `step` = i, counted from 1. With mix_steps = 1, alpha_1 = 1 (the equation has 0/0
-    there). `history`: metrics of the steps before, which only the schedule "measured" reads."""
+    there)."""
     if schedule == "constant":
         return constant
-    if schedule == "measured":
-        return measured(history)
     if step > mix_steps:
         return 0.0
     progress = (step - 1) / (mix_steps - 1) if mix_steps > 1 else 0.0
     return {"linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2, "step": 1.0}[schedule]
 
 
-def measured(history, decay=0.8, least=0.1):
-    """alpha = e / (e + l). e: share of groups that only the explorer solved; l: share that the learner
-    solved; both smoothed over steps. Counted by groups, since mean rewards would never let the explorer go:
-    even a beaten one is right now and then. Below `least` it leaves for good: without rollouts of its own, e
-    only falls from then on."""
-    e = l = 0.5
-    for metrics in history:
-        e = decay * e + (1 - decay) * metrics["groups_explorer_only"]
-        l = decay * l + (1 - decay) * metrics["groups_learner"]
-    share = e / (e + l) if e + l else 0.5
-    return share if share >= least else 0.0
-
-
-def split_group(share, group_size, learner_at_least=0):
-    """(G_w, G_s): ceil(share * G) and the rest, which sum to G. G_s is never below `learner_at_least`.
+def split_group(share, group_size):
+    """(G_w, G_s): ceil(share * G) and the rest, which sum to G.
 
     A product that is whole on paper can come out a hair above (0.3 * 10 = 3.0000000000000004 when 0.3 is 1 -
     0.7). The ceiling would then add a rollout; hence the 1e-9."""
-    explorer = min(math.ceil(share * group_size - 1e-9), group_size - learner_at_least)
+    explorer = math.ceil(share * group_size - 1e-9)
     return explorer, group_size - explorer
 
 
@@ -64,9 +45,8 @@ def main():
     parser.add_argument("--steps", type=int, default=16, help="training steps T")
     parser.add_argument("--mix-steps", type=int, help="mixing steps T_mix; half of --steps where not given")
     parser.add_argument("--group-size", type=int, default=16, help="rollouts per prompt G")
-    fixed = {name: meaning for name, meaning in SCHEDULES.items() if name != "measured"}
-    parser.add_argument("--schedule", choices=fixed, default="linear",
-                        help="; ".join(f"{name}: {meaning}" for name, meaning in fixed.items()))
+    parser.add_argument("--schedule", choices=SCHEDULES, default="linear",
+                        help="; ".join(f"{name}: {meaning}" for name, meaning in SCHEDULES.items()))
     parser.add_argument("--explorer-share", type=float, default=0.5, help="the share of --schedule constant")
     args = parser.parse_args()
     args.mix_steps = max(1, args.steps // 2) if args.mix_steps is None else args.mix_steps

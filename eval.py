@@ -12,21 +12,23 @@ import hashlib
 import importlib.util
 import json
 import math
-import os
 import sys
 import time
 from functools import partial
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch: threads that spin for long starve others
+import plumbing  # before torch, which reads a variable that it sets
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from model import fingerprint, load, one_line, pick_device
-from reward import Score, load_problems, score
-from sample import check_lengths, decode, encode, sample
+from plumbing.checkpoint import fingerprint, load
+from plumbing.pictures import new_figure, plot_curves
+from plumbing.survival import one_line, pick_device, whole_lines
+from plumbing.text import decode, encode_all
+from reward import Score, load_problems, score, scorer_hash
+from sample import check_lengths, sample
 
 
 def pass_at_k(correct, n, k):
@@ -39,11 +41,11 @@ def pass_at_k(correct, n, k):
     return float(1.0 - np.mean(all_fail))
 
 
-def evaluate(write, tokenizer, problems, n, generator, thinking=None, score=score):
-    """n rollouts of every problem by write(prompts, n, generator) -> Rollouts. Returns the number of rollouts
-    whose final answer is right, "answer" [P], whose every step is right, "strict" [P], that were cut short,
-    "truncated" [P], their total length, "tokens" [P], and "texts" [P][n]."""
-    prompts = [encode(problem.prompt, tokenizer, problem.in_words, thinking) for problem in problems]
+def evaluate(write, tokenizer, problems, prompts, n, generator, score=score):
+    """n rollouts of every problem, whose prompts (lists of ids) are given, by write(prompts, n, generator) ->
+    Rollouts. Returns the number of rollouts whose final answer is right, "answer" [P], whose every step is
+    right, "strict" [P], that were cut short, "truncated" [P], their total length, "tokens" [P], and "texts"
+    [P][n]."""
     rollouts = write(prompts, n, generator)
     texts = decode(rollouts, tokenizer)
     scores = [[score(problem, text) for text in group] for problem, group in zip(problems, texts)]
@@ -76,9 +78,10 @@ def powers_of_two(n):
 
 def crossover(ks, first, second):
     """The k, interpolated in log k, at which the curve that starts lower takes the lead; None if never."""
-    lead = [(math.log(k), a - b) for k, a, b in zip(ks, first, second) if a != b]
+    lead = [(math.log(k), a - b) for k, a, b in zip(ks, first, second)]
+    leader = next((ahead for _, ahead in lead if ahead), 0.0)  # its sign: of whom is ahead at first
     for (x, before), (next_x, after) in zip(lead, lead[1:]):
-        if before * after < 0:
+        if leader * after < 0:
             return math.exp(x + (next_x - x) * before / (before - after))
     return None
 
@@ -104,29 +107,11 @@ def table(ks, curves):
     return "\n".join(rows)
 
 
-# ---- pictures ----------------------------------------------------------------------------------------------
-
-def new_figure(panels):
-    """(figure, axes), or None with a note where matplotlib is missing: only the pictures need it."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("no picture: pip install matplotlib draws it", file=sys.stderr)
-        return None
-    figure = Figure(figsize=(5.2 * panels, 3.8), layout="constrained")
-    return figure, figure.subplots(1, panels)
-
-
-def plot_curves(axis, ks, curves, title, styles=None):
-    """Draws pass@k curves on a matplotlib axis and marks where the second overtakes the first."""
-    for name, values in curves.items():
-        axis.plot(ks, values, marker="o", markersize=4, label=name, **(styles or {}).get(name, {}))
-    if len(curves) > 1 and (k := crossover(ks, *list(curves.values())[:2])):
-        axis.axvline(k, color="grey", linestyle=":", label=f"crossover at k = {k:.1f}")
-    axis.set(xscale="log", xlabel="k", ylabel="pass@k", ylim=(0, 1.02), title=title)
-    axis.set_xticks(ks, [str(k) for k in ks])
-    axis.minorticks_off()
-    axis.legend(fontsize=9)
+def less_what_was_written(penalty, logits, ids, lengths):
+    """`sample`'s hook of a presence penalty: it is taken off the logits [R, V] of all tokens that a row's
+    response so far, ids [R, T] up to lengths [R], holds."""
+    written = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]  # [R, T]
+    return logits - penalty * (torch.zeros_like(logits).scatter_add_(1, ids, written.to(logits)) > 0)
 
 
 # ---- the command line --------------------------------------------------------------------------------------
@@ -163,32 +148,35 @@ def parse_flags():
     return parser.parse_args()
 
 
-def results_of(write, tokenizer, problems_of, settings, out):
-    """Yields (data, `evaluate`'s result) of one model, written to `out` when whole. What is there of the same
-    problems and settings, the model's own among them, is not run again. Every 16 problems have random numbers
-    of their own."""
-    for data, problems in problems_of.items():
-        key = json.dumps([settings, [vars(problem) for problem in problems]])
-        path = out / f"result-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"
-        if not path.exists():
-            out.mkdir(parents=True, exist_ok=True)
-            result = {"data": data, "settings": settings}
-            seconds = 0.1 if sys.stderr.isatty() else 30  # in a log, a line is a line
-            for start in tqdm(range(0, len(problems), 16), desc=data, unit="batch", mininterval=seconds):
-                random = torch.Generator().manual_seed((settings["seed"] * 1_000_003 + start) % 2 ** 63)
-                found = evaluate(write, tokenizer, problems[start:start + 16], settings["n"], random,
-                                 settings["thinking"], VERIFIERS[settings["verifier"]])
-                result |= {key: result.get(key, []) + found[key] for key in found}
-            (out / "partial").write_text(json.dumps(result))
-            (out / "partial").replace(path)
-        yield data, json.loads(path.read_text())
+def result_of(write, tokenizer, problems, prompts, settings, path, about):
+    """`evaluate`'s result of one model on one data set. The file `path` keeps it: a line that says what it is
+    about, then one for each 16 problems, which have random numbers of their own. What is there is not run
+    again."""
+    _, *batches = whole_lines(path) or append(path, about)
+    seconds = 0.1 if sys.stderr.isatty() else 30  # in a log, a line is a line
+    starts = range(0, len(problems), 16)
+    for start in tqdm(starts[len(batches):], desc=about["data"], unit="batch", mininterval=seconds):
+        random = torch.Generator().manual_seed((settings["seed"] * 1_000_003 + start) % 2 ** 63)
+        part = slice(start, start + 16)
+        batches += append(path, evaluate(write, tokenizer, problems[part], prompts[part], settings["n"], random,
+                                         VERIFIERS[settings["verifier"]]))
+    batches = list(map(json.loads, batches))
+    return {key: sum((batch[key] for batch in batches), []) for key in batches[0]}
+
+
+def append(path, record):
+    """Writes a line of JSON to the end of a file, and returns [the line]."""
+    with open(path, "a") as file:
+        file.write(json.dumps(record) + "\n")
+    return [json.dumps(record)]
 
 
 def report(results, problems, ks, n):
-    """Prints what models, {name: result}, reached on one data set. Returns {name: strict pass@k curve}."""
+    """Prints what models, {name: result}, reached on one data set. Returns {name: strict pass@k curve} and
+    the first two's crossover."""
     curves_of = lambda kind: {name: [pass_at_k(result[kind], n, k) for k in ks]
                               for name, result in results.items()}
-    curves, in_words = curves_of("strict"), all(problem.in_words for problem in problems)
+    curves, in_words, found = curves_of("strict"), all(problem.in_words for problem in problems), None
     if not in_words:  # of free text nobody checks the steps: there strict is the final answer
         print(f"final answer right\n{table(ks, curves_of('answer'))}")
     print(f"{'final answer' if in_words else 'every written step'} right\n{table(ks, curves)}")
@@ -204,12 +192,12 @@ def report(results, problems, ks, n):
             fails, explorer, own = headroom(first, second, n, group)
             print(f"as learner and explorer: {fails:.0%} of the first's groups of {group} fail; there "
                   f"{explorer:.2%}\nof the second's rollouts are right, and {own:.2%} of the first's own")
-    return curves
+    return curves, found
 
 
 def main():
     args = parse_flags()
-    try:
+    with one_line("eval.py"):
         if args.n < 1 or args.problems < 1:
             raise ValueError("--n and --problems start at 1")
         if args.verifier == "math-verify" and not importlib.util.find_spec("math_verify"):
@@ -218,27 +206,31 @@ def main():
         settings = {key: x for key, x in vars(args).items() if key not in ("model", "data", "out", "device")}
         results = {}
         for name in args.model:
-            model, tokenizer = load(name, pick_device(args.device), getattr(torch, args.dtype))
-            for some in problems.values():  # before the first is sampled, not hours later
-                prompts = [encode(p.prompt, tokenizer, p.in_words, args.thinking) for p in some]
-                check_lengths(model, prompts, args.max_new_tokens)
-            write = partial(sample, model, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
-                            top_k=args.top_k, top_p=args.top_p, presence_penalty=args.presence_penalty,
-                            rows=args.rollout_rows)
-            hashed = settings | {"model": fingerprint(model), "chat_template": tokenizer.chat_template}
-            results[name] = dict(results_of(write, tokenizer, problems, hashed, out))
-    except Exception as error:
-        print(f"eval.py: error: {one_line(error)}", file=sys.stderr)
-        sys.exit(2)
-    ks, figure = powers_of_two(args.n), new_figure(len(problems))
-    for i, data in enumerate(problems):
-        print(f"\n{data}: {len(problems[data])} problems, {args.n} rollouts each, verifier {args.verifier}")
-        curves = report({name: results[name][data] for name in results}, problems[data], ks, args.n)
+            model, tokenizer, stops = load(name, pick_device(args.device), getattr(torch, args.dtype))
+            prompts = {data: encode_all(some, tokenizer, args.thinking) for data, some in problems.items()}
+            for some in prompts.values():  # before the first is sampled, not hours later
+                check_lengths(model, some, args.max_new_tokens)
+            write = partial(sample, model, max_new_tokens=args.max_new_tokens, stops=stops,
+                            temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
+                            rows=args.rollout_rows, adjust=args.presence_penalty and partial(
+                                less_what_was_written, args.presence_penalty))
+            decides = [settings, fingerprint(model, tokenizer, stops), scorer_hash()]
+            out.mkdir(parents=True, exist_ok=True)
+            results[name] = {}
+            for data, some in problems.items():
+                key = json.dumps([decides, prompts[data], [vars(problem) for problem in some]])
+                path = out / f"result-{hashlib.sha256(key.encode()).hexdigest()[:12]}.jsonl"
+                about = {"model": name, "data": data, "settings": settings}
+                results[name][data] = result_of(write, tokenizer, some, prompts[data], settings, path, about)
+        ks, figure = powers_of_two(args.n), new_figure(len(problems))
+        for i, (data, some) in enumerate(problems.items()):
+            print(f"\n{data}: {len(some)} problems, {args.n} rollouts each, verifier {args.verifier}")
+            curves, found = report({name: results[name][data] for name in results}, some, ks, args.n)
+            if figure:
+                plot_curves(np.atleast_1d(figure[1])[i], curves, Path(data).name, found)
         if figure:
-            plot_curves(np.atleast_1d(figure[1])[i], ks, curves, Path(data).name)
-    if figure:
-        figure[0].savefig(out / "pass_at_k.png", dpi=130)
-    print(f"\n{out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
+            figure[0].savefig(out / "pass_at_k.png", dpi=130)
+        print(f"\n{out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ For a prompt, G responses o_1..o_G with rewards r_1..r_G (in S2L-PO some of them
     A_i    = (r_i - mean(r)) / std(r)                                  over the combined group
     ratio  = pi_theta(o_it | ...) / pi_old(o_it | ...)                 pi_old: the policy when the step begins
     L_it   = -min(ratio A_i, clip(ratio, 1 - eps_low, 1 + eps_high) A_i) + beta KL(pi_theta || pi_ref)
-    loss   = sum_it weight_it L_it                                     weight: token_weights
+    loss   = sum_it weight_it L_it                                     weight: the loss's row in LOSSES
 
 Why a group: the mean reward of a prompt's own rollouts is the baseline, so no value network is needed. Why
 the loss is 0 at a step's first mini-batch (with the default loss): every ratio is 1, every row has the same
@@ -15,46 +15,89 @@ Read `group_advantages`, then `update`: from a group's rewards to the optimiser'
 
 Shapes: P prompts, G rollouts each, N = P*G rows, T response tokens, L prompt tokens, D hidden.
 """
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from model import fused_logprobs, read_prompts
 
-LOSSES = ("grpo", "dapo", "dr_grpo", "gspo")
-OFF_POLICY = ("recompute", "behaviour", "truncated", "geometric", "positive")
+
+@dataclass
+class Objective:
+    """What an update maximises, and in what portions. The defaults are train.py's, whose flags have these
+    names."""
+    loss: str = "grpo"              # a row of LOSSES
+    off_policy: str = "recompute"   # one of OFF_POLICY: how the explorer's tokens count
+    clip_low: float = 0.2           # ratios are clipped below at 1 - this
+    clip_high: float = 0.2          # and above at 1 + this
+    kl_coef: float = 0.0            # beta
+    kl_estimator: str = "k3"
+    temperature: float = 1.0        # the sampler's: else the gradient is of a policy that drew none of this
+    max_new_tokens: int = 512       # the constant of dr_grpo
+    minibatches: int = 1            # optimiser steps
+    micro_batch_tokens: int = 8192  # run at once; no part of the result
+    max_grad_norm: float = 1.0
 
 
-def group_advantages(rewards, scale=True):
-    """A [P, G] of rewards [P, G]: each row less its mean and, with `scale`, over its standard deviation.
+# ---- advantages, and the weight of a token -----------------------------------------------------------------
+
+def group_advantages(rewards, over_std=True):
+    """A [P, G] of rewards [P, G]: each row less its mean and, with `over_std`, over its standard deviation.
 
     The standard deviation is the unbiased one (ddof 1), plus 1e-6. A group of equal rewards teaches nothing
-    and gets exactly 0: rounded, the mean of rewards like 0.7 differs from each of them, and dividing that by
-    a standard deviation near 0 would blow it up. ValueError if G < 2: one rollout is its own baseline."""
+    and gets exactly 0: in floating point the mean of equal rewards can be off by a rounding error, which a
+    standard deviation near zero would magnify. ValueError if G < 2: one rollout is its own baseline."""
     if rewards.shape[1] < 2:
         raise ValueError("a group needs at least 2 rollouts: one less its own mean is always 0")
     centred = rewards - rewards.mean(1, keepdim=True)  # [P, G] - [P, 1]
-    if scale:
+    if over_std:
         centred = centred / (rewards.std(1, keepdim=True) + 1e-6)
     informative = rewards.max(1, keepdim=True).values > rewards.min(1, keepdim=True).values
     return torch.where(informative, centred, 0.0)
 
 
-def token_weights(mask, loss, max_new_tokens):
-    """Weight of each token in the loss, [N, T], for the N rows of one mini-batch. The loss types
-    differ in it, and in gspo's ratio and dr_grpo's advantages, which are not divided by std. Computed
-    before micro-batches are cut and rows without a gradient left out, so neither can change the loss.
-
-        grpo, gspo  1 / (N * length_i)     mean over tokens, then rows: tokens of long responses count less
-        dapo        1 / (all tokens)       every token of the mini-batch counts the same
-        dr_grpo     1 / (N * max tokens)   a constant, so no bias by length at all
-    """
-    mask = mask.float()
-    if loss == "dapo":
-        return mask / mask.sum().clamp(min=1)
-    if loss == "dr_grpo":
-        return mask / (len(mask) * max_new_tokens)
+def per_row(mask, max_new_tokens):
+    """1 / (N * length_i): the mean over tokens, then over rows. Tokens of long responses count less."""
     return mask / (len(mask) * mask.sum(1, keepdim=True).clamp(min=1))
+
+
+def per_token(mask, max_new_tokens):
+    """1 / (all tokens): every token of the mini-batch counts the same."""
+    return mask / mask.sum().clamp(min=1)
+
+
+def constant(mask, max_new_tokens):
+    """1 / (N * max_new_tokens): no bias by length at all."""
+    return mask / (len(mask) * max_new_tokens)
+
+
+@dataclass
+class Loss:
+    """One of the losses, which differ in these three things alone."""
+    weights: Callable        # of tokens: (mask [N, T] of a mini-batch, max_new_tokens) -> [N, T]
+    over_std: bool = True    # whether advantages are divided by the group's standard deviation
+    one_ratio: bool = False  # whether a row's tokens share one ratio, the geometric mean of theirs
+
+
+LOSSES = {"grpo": Loss(per_row),                         # Shao et al., 2024
+          "dapo": Loss(per_token),                       # Yu et al., 2025
+          "dr_grpo": Loss(constant, over_std=False),     # Liu et al., 2025
+          "gspo": Loss(per_row, one_ratio=True)}         # Zheng et al., 2025, which clips at 3e-4 and 4e-4
+
+
+# ---- the explorer's tokens ---------------------------------------------------------------------------------
+
+OFF_POLICY = ("recompute", "behaviour", "truncated", "geometric", "positive")
+
+
+def advantages_of(rewards, from_explorer, objective):
+    """A [P, G] of rewards [P, G] under an objective. from_explorer [P, G] says who wrote what, which matters
+    to "positive" alone."""
+    A = group_advantages(rewards, LOSSES[objective.loss].over_std)
+    return A.masked_fill(from_explorer & (A < 0), 0.0) if objective.off_policy == "positive" else A
 
 
 def off_policy_correction(choice, learner_logps, sampler_logps, from_explorer, mask):
@@ -73,8 +116,8 @@ def off_policy_correction(choice, learner_logps, sampler_logps, from_explorer, m
         geometric  recompute, each row times min(exp(mean of log(pi_learner / pi_explorer) over its tokens),
                    2): how plausible the learner finds the rollout, per token, so that length does not drive
                    it to 0.
-        positive   recompute, but `update` gives explorer rows with A < 0 an advantage of 0: imitate its
-                   successes, do not flee from its failures, which the learner would hardly have written.
+        positive   recompute, but `advantages_of` gives explorer rows with A < 0 an advantage of 0: imitate
+                   its successes, do not flee from its failures, which the learner would hardly have written.
     """
     off_policy = from_explorer[:, None]  # [N] -> [N, 1]
     old_logps, weights = learner_logps, torch.ones_like(learner_logps)
@@ -89,19 +132,23 @@ def off_policy_correction(choice, learner_logps, sampler_logps, from_explorer, m
     return old_logps, weights
 
 
-def policy_loss(logps, old_logps, advantages, weights, mask, clip_low=0.2, clip_high=0.2,
-                sequence_ratio=False):
+# ---- the loss ----------------------------------------------------------------------------------------------
+
+FAR = 20.0  # a log-ratio beyond it counts as it: e^20 is far outside every clip, and e^89 is infinite
+
+
+def policy_loss(logps, old_logps, advantages, weights, mask, clip_low=0.2, clip_high=0.2, one_ratio=False):
     """(loss, ratio, clipped): the clipped surrogate of logps [N, T] with advantages [N] and weights [N, T],
     over the tokens in mask [N, T]. Ratio and clipped are [N, T], without gradient, for the metrics.
 
     The clip removes the gradient only where the step has already gone far enough the right way: ratio > 1 +
-    clip_high with A > 0, ratio < 1 - clip_low with A < 0. sequence_ratio (GSPO): one ratio per row, the
-    geometric mean of its tokens' ratios, which moves less: its paper clips at 3e-4 and 4e-4."""
+    clip_high with A > 0, ratio < 1 - clip_low with A < 0. one_ratio (GSPO): one ratio per row, the geometric
+    mean of its tokens' ratios, which moves less."""
     log_ratio = (logps - old_logps).masked_fill(~mask, 0.0)  # whatever the padding holds must not become NaN
-    if sequence_ratio:
+    if one_ratio:
         length = mask.sum(1, keepdim=True).clamp(min=1)
         log_ratio = (log_ratio.sum(1, keepdim=True) / length).expand_as(logps)  # [N, T] -> [N, 1] -> [N, T]
-    ratio = log_ratio.exp()
+    ratio = log_ratio.clamp(max=FAR).exp()
     A = advantages[:, None]  # [N] -> [N, 1]
     surrogate = torch.minimum(ratio * A, ratio.clamp(1 - clip_low, 1 + clip_high) * A)  # [N, T]
     clipped = surrogate < ratio * A  # there `minimum` took the clamped one, which has no gradient
@@ -119,9 +166,11 @@ def kl_estimates(logps, ref_logps, mask, estimator="k3"):
 
     Equal near pi_ref, where the penalty is used. On explorer tokens none of them is an estimate of the KL:
     the tokens are not drawn from pi_theta; as a penalty it still pulls towards pi_ref there."""
-    x = (ref_logps - logps).masked_fill(~mask, 0.0)
+    x = (ref_logps - logps).masked_fill(~mask, 0.0).clamp(max=FAR)
     return {"k1": -x, "k2": x.square() / 2, "k3": x.exp() - 1 - x}[estimator]
 
+
+# ---- the update --------------------------------------------------------------------------------------------
 
 def response_logprobs(model, prompts, groups, ids, mask, temperature=1.0):
     """(log-probs, entropies), each [N, T], of the responses ids [N, T] (valid where mask [N, T]) to the
@@ -188,30 +237,26 @@ def micro_batches(rows, groups, prompts, responses, tokens):
     return min(plans, key=lambda plan: plan[1])[0]
 
 
-def update(learner, reference, optimizer, prompts, rollouts, advantages, generator, *, loss="grpo",
-           off_policy="recompute", clip_low=0.2, clip_high=0.2, kl_coef=0.0, kl_estimator="k3", minibatches=1,
-           micro_batch_tokens=8192, max_new_tokens=None, temperature=1.0, max_grad_norm=1.0):
-    """One GRPO update, of `minibatches` optimiser steps, on a step's rollouts (P prompts, class Rollouts)
-    with advantages [P, G]. `reference` is the KL's frozen policy or None. Returns metrics (docs/metrics.md)
-    and each token's ratio, clip_fraction, entropy, logp_gap (trainer's less sampler's) and, with a reference,
-    kl, 0 where it was not trained on, {name: [P, G, T]}."""
+def update(learner, reference, optimizer, prompts, rollouts, advantages, objective, generator):
+    """One GRPO update, of objective.minibatches optimiser steps, on a step's rollouts (P prompts, class
+    Rollouts) with advantages [P, G]. `reference` is the KL's frozen policy or None. Returns metrics
+    (docs/metrics.md) and each token's ratio, clip_fraction, entropy, logp_gap (trainer's less sampler's) and,
+    with a reference, kl, 0 where it was not trained on, {name: [P, G, T]} on the CPU."""
     P, G, T = rollouts.ids.shape
     ids, mask, sampler_logps, from_explorer, A = (x.flatten(0, 1) for x in (  # [P, G, ...] -> [N, ...]
         rollouts.ids, rollouts.mask, rollouts.logps, rollouts.from_explorer, advantages))
-    device = ids.device
+    device, loss = ids.device, LOSSES[objective.loss]
     groups = torch.arange(P, device=device).repeat_interleave(G)  # [N] the prompt of each row
     sizes = groups.tolist(), [len(prompts[row // G]) for row in range(P * G)], mask.sum(1).tolist()
-    if off_policy == "positive":
-        A = A.masked_fill(from_explorer & (A < 0), 0.0)
     # Without a KL, A = 0 is a gradient of 0. A model that has become NaN earns equal rewards too, but its
     # rows run: their loss is NaN, which is counted.
     teaches = (bool(reference) | (A != 0) | sampler_logps.sum(1).isnan()).tolist()
 
     def logprobs(model, rows):
-        return response_logprobs(model, prompts, groups[rows], ids[rows], mask[rows], temperature)
+        return response_logprobs(model, prompts, groups[rows], ids[rows], mask[rows], objective.temperature)
 
     def cut(rows):
-        parts = micro_batches([row for row in rows if teaches[row]], *sizes, micro_batch_tokens)
+        parts = micro_batches([row for row in rows if teaches[row]], *sizes, objective.micro_batch_tokens)
         return [torch.tensor(part, device=device) for part in parts]
 
     @torch.no_grad()
@@ -223,51 +268,55 @@ def update(learner, reference, optimizer, prompts, rollouts, advantages, generat
 
     # pi_old [N, T] is held fixed while theta moves, or nothing would ever clip. With only one mini-batch it
     # is what the update's own forward pass gives. pi_ref [N, T] never moves.
-    learner_logps = fixed_logprobs(learner) if minibatches > 1 else None
+    learner_logps = fixed_logprobs(learner) if objective.minibatches > 1 else None
     ref_logps = fixed_logprobs(reference) if reference else None
 
     losses, grad_norms, trained = [], [], torch.zeros_like(mask)
     weights = torch.zeros(mask.shape, device=device)  # [N, T]
     names = ["ratio", "clip_fraction", "entropy", "logp_gap"] + ["kl"] * bool(reference)
-    per_token = torch.zeros(len(names), *mask.shape, device=device)  # what the metrics are means of
-    for chosen in torch.randperm(P, generator=generator).to(device).tensor_split(minibatches):  # [P/m]
+    at_token = torch.zeros(len(names), *mask.shape, device=device)  # what the metrics are means of
+    order = torch.randperm(P, generator=generator).to(device)
+    for chosen in order.tensor_split(objective.minibatches):  # [P/m]
         minibatch = (chosen[:, None] * G + torch.arange(G, device=device)).flatten()  # whole groups: [P/m*G]
-        weights[minibatch] = token_weights(mask[minibatch], loss, max_new_tokens or T)
-        loss_sum = 0.0
+        # Before micro-batches are cut and rows without a gradient left out: neither can change the loss
+        weights[minibatch] = loss.weights(mask[minibatch].float(), objective.max_new_tokens)
+        loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         parts = cut(minibatch.tolist())
         for rows in tqdm(parts, "training", unit="part", delay=10, leave=False, disable=None):
             logps, entropies = logprobs(learner, rows)
             before = logps.detach() if learner_logps is None else learner_logps[rows]
-            old_logps, importance = off_policy_correction(off_policy, before, sampler_logps[rows],
-                                                          from_explorer[rows], mask[rows])
-            part_loss, ratio, clipped = policy_loss(logps, old_logps, A[rows], weights[rows] * importance,
-                                                    mask[rows], clip_low, clip_high, loss == "gspo")
+            old_logps, importance = off_policy_correction(
+                objective.off_policy, before, sampler_logps[rows], from_explorer[rows], mask[rows])
+            part_loss, ratio, clipped = policy_loss(
+                logps, old_logps, A[rows], weights[rows] * importance, mask[rows], objective.clip_low,
+                objective.clip_high, loss.one_ratio)
             values = [ratio, clipped, entropies, before - sampler_logps[rows]]
             if reference:
-                kl = kl_estimates(logps, ref_logps[rows], mask[rows], kl_estimator)
-                part_loss = part_loss + kl_coef * (weights[rows] * kl).sum()
+                kl = kl_estimates(logps, ref_logps[rows], mask[rows], objective.kl_estimator)
+                part_loss = part_loss + objective.kl_coef * (weights[rows] * kl).sum()
                 values.append(kl.detach())
             part_loss.backward()
             optimizer.accumulate()
-            loss_sum += part_loss.item()
-            trained[rows], per_token[:, rows] = mask[rows], torch.stack(values)
-        losses.append(loss_sum)
-        grad_norms.append(optimizer.step(max_grad_norm, loss_sum))  # nan: skipped, something was not finite
+            loss_sum += part_loss.detach()
+            trained[rows], at_token[:, rows] = mask[rows], torch.stack(values)
+        losses.append(loss_sum.item())
+        grad_norms.append(optimizer.step(objective.max_grad_norm, losses[-1]))  # nan: skipped, not finite
 
+    at_token, trained, from_explorer = at_token.cpu(), trained.cpu(), from_explorer.cpu()  # they cross once
     metrics = {"loss": float(np.mean(losses)), "grad_norm": float(np.mean(grad_norms)),
                "skipped_updates": int(np.isnan(grad_norms).sum()), "tokens_trained": int(trained.sum())}
     sources = {"": torch.ones_like(from_explorer), "_explorer": from_explorer, "_learner": ~from_explorer}
-    for name, x in zip(names, per_token):
+    for name, x in zip(names, at_token):
         x = x.abs() if name == "logp_gap" else x
         for source, which in sources.items():
             tokens = x[trained & which[:, None]]
             metrics[name + source] = tokens.mean().item() if len(tokens) else None
-    return metrics, {name: (x * trained).unflatten(0, (P, G)) for name, x in zip(names, per_token)}
+    return metrics, {name: (x * trained).unflatten(0, (P, G)) for name, x in zip(names, at_token)}
 
 
 class Optimizer:
-    """AdamW in float32 for weights of any dtype: bfloat16 rounds a relative change below 1/256 away, and at
-    learning rates of 1e-6 there are hardly any others. Float32 weights are their own masters; others get a
+    """AdamW in float32 for weights of any dtype: bfloat16 loses relative changes below 1/256, and at a
+    learning rate of 1e-6 almost every change is smaller. Float32 weights are their own masters; others get a
     float32 copy."""
 
     def __init__(self, model, lr):

@@ -1,4 +1,4 @@
-"""The policy: one decoder-only transformer, its checkpoints, and the log-probabilities RL needs.
+"""The policy: one decoder-only transformer, LoRA adapters, and the log-probabilities RL needs.
 
 One class covers Qwen3 (QK-norm), Qwen2 (qkv bias), Llama and Mistral (neither): the tiny models of this
 repository and Qwen3-8B come in through the same door. One `forward` trains, prefills and decodes; `past` is
@@ -10,13 +10,8 @@ position is simply its index.
 Shapes: B rows, T tokens, D hidden, H query heads, K key/value heads, h head size, I MLP, V vocabulary.
 """
 import functools
-import hashlib
-import json
 import math
-import os
-import shutil
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -207,7 +202,6 @@ class Transformer(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.num_tokens = config.vocab_size  # load() lowers it to the tokeniser's size
-        self.stop_ids = ()
         self.compiled = False  # whether decode_step and the log-prob kernel go through torch.compile
         self.checkpoint_layers = False  # whether the backward pass computes a layer's activations again
 
@@ -339,145 +333,3 @@ def fused_logprobs(hidden, weight, targets, temperature=1.0, chunk=1024, compile
     V. The entropy is the tempered distribution's and carries no gradient (the paper's entropy coefficient is
     0)."""
     return _FusedLogProb.apply(hidden, weight, targets, temperature, min(chunk, len(weight)), compile)
-
-
-# ---- checkpoints: ordinary Hugging Face directories --------------------------------------------------------
-
-def pick_device(name):
-    """`auto` takes CUDA, then Apple's MPS, then the CPU. ValueError for a device that is not there."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        probe = torch.zeros(1, device=name)
-        probe.item()  # which `meta` cannot give
-        return str(probe.device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
-
-
-def out_of_memory(error):
-    """Whether an exception says that memory ran out. Every allocator has its own words for it."""
-    return isinstance(error, MemoryError) or any(
-        words in str(error) for words in ("out of memory", "can't allocate", "ALLOC_FAILED"))
-
-
-def one_line(error):
-    """An error that the user can mend, in one line. Another is a bug: raised again, with its traceback."""
-    if out_of_memory(error):
-        return "out of memory: sample fewer rollouts at once, or shorter ones"
-    if not isinstance(error, (ValueError, OSError)):
-        raise error
-    return str(error).partition("\n")[0]
-
-
-def directory_of(source):
-    """Path of a checkpoint: a directory, or a name on the Hugging Face hub, which is downloaded once."""
-    if Path(source).is_dir():
-        return Path(source)
-    from huggingface_hub import snapshot_download  # comes with transformers
-    files = ["*.json", "*.jinja", "*.txt", "*.model", "model*.safetensors"]
-    try:
-        return Path(snapshot_download(str(source), allow_patterns=files))
-    except Exception as error:  # no such name, or no connection: each raises something else
-        raise ValueError("neither a directory nor a name on the hub, or the hub cannot be reached") from error
-
-
-def hf_weights(model):
-    """{Hugging Face's name: view into our weights}: loading copies into the views, saving writes them. Only
-    here do the names differ: q, k, v and gate, up, which all read the same input, are one matrix each, hence
-    one GEMM."""
-    head_dim, weights = model.config.head_dim, {}
-    qkv_sizes = [heads * head_dim for heads in model.layers[0].self_attn.heads]
-    parts = {"qkv_proj": (("q_proj", "k_proj", "v_proj"), qkv_sizes),
-             "gate_up_proj": (("gate_proj", "up_proj"), [model.config.intermediate_size] * 2)}
-    for name, weight in model.state_dict().items():
-        name = name if name.startswith("lm_head") else "model." + name
-        fused = next((fused for fused in parts if fused in name), None)
-        names, sizes = parts.get(fused, ([name], [len(weight)]))
-        for part, view in zip(names, weight.split(sizes)):
-            weights[name.replace(fused, part) if fused else part] = view
-    return weights
-
-
-def load_weights(model, directory):
-    """Copies a checkpoint's safetensors into the model, one tensor at a time."""
-    from safetensors import safe_open
-    missing = hf_weights(model)
-    for path in sorted(directory.glob("model*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():
-                if name == "lm_head.weight" and model.config.tie_word_embeddings or "rotary_emb" in name:
-                    continue  # some exporters write the tied matrix twice, or (Llama 2) RoPE's frequencies
-                if name not in missing or list(missing[name].shape) != file.get_slice(name).get_shape():
-                    raise ValueError(f"weights and config.json disagree about {name!r} in {path.name}")
-                missing.pop(name).copy_(file.get_tensor(name))
-    if missing:
-        raise ValueError(f"no model*.safetensors, or not all of it there: no {', '.join(missing)}")
-
-
-def fingerprint(model):
-    """A hash of config, stop tokens and weights (some of each tensor): a path may hold another model than it
-    did yesterday."""
-    digest = hashlib.sha256(f"{model.config}{model.stop_ids}".encode())
-    for weight in model.parameters():
-        digest.update(weight.detach().flatten()[:4096].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def load(source, device="cpu", dtype=torch.float32):
-    """(model, tokenizer) from a Hugging Face directory or hub name. Code that comes with a checkpoint is
-    never run. ValueError, one line that names the source: a file is missing or broken, or the architecture is
-    not implemented."""
-    from transformers import AutoTokenizer
-    try:
-        directory = directory_of(source)
-        if (directory / "adapter_config.json").exists():
-            raise ValueError("an adapter without its base: peft's merge_and_unload makes one model of both")
-        if [*directory.glob("*.bin")] and not [*directory.glob("model*.safetensors")]:
-            raise ValueError("weights in .bin files: transformers' save_pretrained makes safetensors of them")
-        hf = json.loads((directory / "config.json").read_text())
-        with torch.device("meta"):  # shapes only: no time is spent on random weights
-            model = Transformer(Config.from_hf(hf))
-        model = model.to(dtype).to_empty(device=device)
-        load_weights(model, directory)
-        model(torch.zeros(1, 1, dtype=torch.long, device=device))  # some faults show only in use
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-        tokenizer.decode(tokenizer("1").input_ids)
-        model.num_tokens = min(1 + max(tokenizer.get_vocab().values()), model.config.vocab_size)
-        generation = directory / "generation_config.json"
-        stops = json.loads(generation.read_text()).get("eos_token_id") if generation.exists() else None
-        stops = {*(stops if isinstance(stops, list) else [stops]), tokenizer.eos_token_id} - {None}
-        if not stops <= set(range(model.num_tokens)):
-            raise ValueError(f"stop tokens {sorted(stops)} are not all below {model.num_tokens}")
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # a broken file makes the libraries below raise whatever they like
-        what = f"no {error} in config.json" if isinstance(error, KeyError) else " ".join(str(error).split())
-        raise ValueError(f"model {source} cannot be loaded: {what:.300}") from error
-    tokenizer.init_kwargs.pop("auto_map", None)  # the checkpoint's code: no copy of ours shall run it
-    model.hf_config = {key: value for key, value in hf.items() if key != "auto_map"}
-    model.stop_ids = tuple(sorted(stops))
-    return model, tokenizer
-
-
-def save(model, tokenizer, directory):
-    """Writes config.json, model.safetensors and the tokeniser as transformers' `from_pretrained` reads them,
-    beside a directory of that name, which it then replaces. Adapters are merged first, for good. OSError if
-    the disk is full."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-    merge_lora(model)
-    directory = Path(directory)
-    partial = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    dtype = str(model.layers[0].self_attn.o_proj.weight.dtype).removeprefix("torch.")
-    (partial / "config.json").write_text(json.dumps(model.hf_config | {"dtype": dtype}, indent=2))
-    (partial / "generation_config.json").write_text(json.dumps({"eos_token_id": list(model.stop_ids)}))
-    try:
-        save_file(hf_weights(model), partial / "model.safetensors", metadata={"format": "pt"})
-    except SafetensorError as error:  # the disk is full
-        raise OSError(str(error)) from error
-    tokenizer.save_pretrained(partial)
-    shutil.rmtree(directory, ignore_errors=True)
-    os.replace(partial, directory)

@@ -2,29 +2,27 @@
 
     python sample.py --model runs/family-habit/learner --prompt "Bfa483920=" --n 4
 
-A group of G rollouts shares its prompt, so the prompt is prefilled once and its cache copied to the G rows.
-Rows that are done leave the batch, not at once but when a quarter are, and waiting prompts take their place.
-Cache slot == position: a row of n tokens writes its next key into slot n, so prompts of different lengths
-need no padding tricks. Each rollout carries the log-probability of its tokens under the distribution they
-were really drawn from: after penalty, temperature, top-k and top-p.
+A group of G rollouts shares its prompt, so the prompt runs once and its keys and values are copied to G rows.
+Once a quarter of the rows have finished, waiting prompts take their places, or the finished rows leave. Cache
+slot == position: a row of n tokens writes its next key into slot n, so prompts of different lengths need no
+padding tricks. Each rollout carries the log-probability of its tokens under the distribution they were really
+drawn from: after temperature, top-k and top-p.
 
-Read `sample` for the loop, `decode_step` for one token through the network, `draw` for logits to token.
+Read `sample` for the loop, `Flight` for the rows in flight, `draw` for logits to token.
 
 Shapes: P prompts, G rollouts each, T response tokens, R rows in flight, S cache slots, V vocabulary; D
 hidden, H query heads, K key/value heads, h head size.
 """
 import argparse
-import itertools
-import os
 from dataclasses import dataclass, fields
 
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch: threads that spin for long starve others
+import plumbing  # before torch, which reads a variable that it sets
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import compiled, load, one_line, pick_device, project, read_prompts
+from model import compiled, project, read_prompts
 
 LOOK_EVERY = 8  # tokens: how often the host asks which rows have finished. Each time it waits for the GPU
 
@@ -36,26 +34,35 @@ class Rollouts:
     lengths: torch.Tensor   # [P, G]    number of tokens, the stop token counted
     logps: torch.Tensor     # [P, G, T] log-prob of each token under what it was drawn from; 0 where padded
     finished: torch.Tensor  # [P, G]    True: drew a stop token; False: cut at max_new_tokens
-    from_explorer: torch.Tensor  # [P, G] True where the explorer wrote it; set by `join`
+    from_explorer: torch.Tensor  # [P, G] True where the explorer wrote it: `signed` says so
 
     @property
     def mask(self):
         """[P, G, T] True on the response's tokens: up to the first stop token, which it includes."""
         return torch.arange(self.ids.shape[2], device=self.ids.device) < self.lengths[..., None]
 
+    def __getitem__(self, which):
+        """The rollouts of some prompts: `which` [P'] are their indices."""
+        return Rollouts(*(getattr(self, field.name)[which] for field in fields(self)))
 
-def join(explored, own):
-    """One group a prompt from the explorer's rollouts [P, G_w] and the learner's [P, G_s] -> [P, G_w + G_s].
-    Either may be None."""
-    parts = [part for part in (explored, own) if part is not None]
+
+def join(*parts, dim=1):
+    """The rollouts of all parts: of the same prompts, [P, G_w] and [P, G_s] -> [P, G_w + G_s]; with dim 0 of
+    other prompts, [P, G] and [P', G] -> [P + P', G]."""
     T = max(part.ids.shape[2] for part in parts)
     widen = lambda x: F.pad(x, (0, T - x.shape[2])) if x.dim() == 3 else x
-    together = lambda name: torch.cat([widen(getattr(part, name)) for part in parts], dim=1)
-    rollouts = Rollouts(*(together(field.name) for field in fields(Rollouts)))
-    rollouts.from_explorer[:] = False
-    if explored:
-        rollouts.from_explorer[:, :explored.lengths.shape[1]] = True
-    return rollouts
+    together = lambda name: torch.cat([widen(getattr(part, name)) for part in parts], dim)
+    return Rollouts(*(together(field.name) for field in fields(Rollouts)))
+
+
+def signed(write):
+    """The writer write(prompts, n, generator) -> Rollouts [P, n] as an explorer, whose rollouts say who wrote
+    them."""
+    def explore(prompts, n, generator):
+        rollouts = write(prompts, n, generator)
+        rollouts.from_explorer = torch.ones_like(rollouts.finished)  # [P, n]
+        return rollouts
+    return explore
 
 
 def draw(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
@@ -130,6 +137,54 @@ def decode_step(model, tokens, cache, used):
     return project(hidden, model.head).float()
 
 
+class Flight:
+    """R rows in flight: the cache, which rollout each row writes, its last token, and whether it still runs."""
+
+    def __init__(self, model, rows, slots):
+        device = model.head.device
+        self.model, self.slots, self.entering = model, slots, []
+        self.cache = KVCache(model, rows, slots + 1)  # the last is never read: of all, torch compiles again
+        self.longest = 0  # a bound on the longest row, which the host knows without asking the device
+        self.rollout, self.token = torch.zeros(2, rows, dtype=torch.long, device=device)  # [R] each
+        self.running = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.step = compiled(decode_step) if model.compiled else decode_step
+
+    def look(self):
+        """Indices of the rows that do not run. It waits for the device."""
+        self.longest = int(self.cache.lengths.max())
+        return (~self.running).nonzero().squeeze(1)
+
+    def admit(self, prompts, rows, rollouts):
+        """Gives P' prompts these idle rows, in which they write `rollouts`: [P'*G] each, group after group."""
+        self.entering, self.seats, self.rollout[rows] = prompts, rows, rollouts
+
+    def retire(self):
+        """Keeps the rows that run, and frees the others' memory."""
+        keep = self.running.nonzero().squeeze(1)
+        self.cache.select(keep)
+        self.rollout, self.token, self.running = self.rollout[keep], self.token[keep], self.running[keep]
+
+    def decode(self):
+        """Logits [R, V] of every row's next token. Idle rows decode too, at a slot that stands still; what
+        they draw is thrown away. Prompts that enter are run here, and predict their rows' first token."""
+        R, prompts, self.entering = len(self.running), self.entering, []
+        self.longest = min(self.longest + 1, self.slots)
+        if prompts and len(self.seats) == R:  # nobody else is there
+            logits = torch.zeros(R, len(self.model.head), device=self.running.device)
+        else:
+            used = min(-(-self.longest // 16) * 16, self.slots)  # few different shapes
+            logits = self.step(self.model, self.token, self.cache, used)
+            self.cache.lengths += self.running
+        if prompts:
+            hidden, cache, lengths = read_prompts(self.model, prompts)  # [P', D]
+            group = torch.arange(len(prompts), device=self.seats.device)
+            group = group.repeat_interleave(len(self.seats) // len(prompts))  # [P'*G]: a prompt serves G rows
+            self.cache.put(self.seats, cache, lengths, group)
+            logits[self.seats] = project(hidden, self.model.head).float()[group]
+            self.running[self.seats], self.longest = True, max(self.longest, *map(len, prompts))
+        return logits
+
+
 def check_lengths(model, prompts, max_new_tokens):
     """ValueError that names the first prompt which leaves no room for max_new_tokens in the model's context,
     or is empty, or holds a token that the model does not have."""
@@ -146,105 +201,62 @@ def check_lengths(model, prompts, max_new_tokens):
 
 
 @torch.no_grad()
-def sample(model, prompts, n, generator, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0,
-           presence_penalty=0.0, rows=1024):
-    """Rollouts of `n` responses to each prompt (a list of id lists), at most max(rows, n) at once.
+def sample(model, prompts, n, generator, max_new_tokens, stops, temperature=1.0, top_k=0, top_p=1.0,
+           rows=1024, adjust=None):
+    """Rollouts of `n` responses to each prompt (a list of id lists), at most max(rows, n) at once. A response
+    ends with the first of the tokens `stops`, or after max_new_tokens.
 
     `generator` is a CPU torch.Generator: the same one gives the same uniform numbers on every device.
+    adjust(logits [R, V], ids [R, T], lengths [R]) -> logits may change them, given what each row has written.
     ValueError for settings out of range, and for a prompt that leaves no room for max_new_tokens."""
     if n < 1 or max_new_tokens < 1 or not temperature >= 0 or not 0 < top_p <= 1 or top_k < 0:
         raise ValueError(f"cannot sample n={n}, max_new_tokens={max_new_tokens}, temperature={temperature}, "
                          f"top_k={top_k}, top_p={top_p}: n and tokens start at 1, top_p lies in (0, 1]")
     check_lengths(model, prompts, max_new_tokens)
-    P, G, T, device = len(prompts), n, max_new_tokens, model.norm.weight.device
+    P, G, T, device = len(prompts), n, max_new_tokens, model.head.device
     uniform = torch.rand(P, G, T, generator=generator).flatten(0, 1).to(device)  # [P*G, T]
-    stops = torch.tensor(model.stop_ids, device=device, dtype=torch.long)
+    stops = torch.tensor(stops, device=device, dtype=torch.long)
     ids = torch.zeros(P * G, T + 1, dtype=torch.long, device=device)  # column T: what idle rows still draw
     logps = torch.zeros(P * G, T + 1, device=device)
     lengths = torch.zeros(P * G, dtype=torch.long, device=device)
     finished = torch.zeros(P * G, dtype=torch.bool, device=device)
-    seen = torch.zeros(P * G, len(model.head), dtype=torch.bool, device=device) if presence_penalty else None
 
-    R, waiting = G * min(P, max(1, rows // G)), prompts  # rows in flight: a group enters as a whole
-    slots = max(map(len, prompts)) + T
-    cache = KVCache(model, R, slots + 1)  # the last is never read: for a slice of all, torch compiles again
-    active, token = torch.zeros(2, R, dtype=torch.long, device=device)  # a row's own rollout, and its token
-    running = torch.zeros(R, dtype=torch.bool, device=device)
-    step = compiled(decode_step) if model.compiled else decode_step
+    flight, waiting = Flight(model, G * min(P, max(1, rows // G)), max(map(len, prompts)) + T), prompts
     bar = tqdm(total=P * G, desc="sampling", unit="rollout", delay=10, leave=False, disable=None)
-    for i in itertools.count():  # a turn: look who is done, step the others, let prompts enter, draw, note
-        entering = []
-        if i % LOOK_EVERY == 0:
-            idle, longest = (~running).nonzero().squeeze(1), int(cache.lengths.max())
-            bar.update(P * G - len(waiting) * G - (len(running) - len(idle)) - bar.n)
-            if len(idle) == len(running) and not waiting:
-                break
-            if len(idle) >= 0.25 * len(running):  # not at every finish: entering is a prefill, leaving a copy
-                if waiting:
-                    entering, waiting = waiting[:len(idle) // G], waiting[len(idle) // G:]
-                else:
-                    keep = running.nonzero().squeeze(1)
-                    cache.select(keep)
-                    active, token, running, idle = active[keep], token[keep], running[keep], idle[:0]
-        longest = min(longest + 1, slots)  # a bound on the longest row, without asking the device
-        if len(idle) == len(running):
-            logits = torch.zeros(R, len(model.head), device=device)
-        else:  # [R, V]; idle rows decode too, at a slot that stands still. What they draw is thrown away
-            logits = step(model, token, cache, min(-(-longest // 16) * 16, slots))  # few different shapes
-        cache.lengths += running
-        if entering:
-            seats, end = idle[:len(entering) * G], (P - len(waiting)) * G
-            active[seats] = torch.arange(end - len(seats), end, device=device)
-            hidden, prompt_cache, prompt_lengths = read_prompts(model, entering)
-            group = torch.arange(len(entering), device=device).repeat_interleave(G)  # a prompt serves G rows
-            cache.put(seats, prompt_cache, prompt_lengths, group)
-            logits[seats], running[seats] = project(hidden, model.head).float()[group], True
-            idle, longest = idle[len(seats):], max(longest, *map(len, entering))
-        if presence_penalty:
-            logits -= presence_penalty * seen[active]
-        t = torch.where(running, lengths[active], T)  # [R]
-        token, logp = draw(logits, uniform[active, t.clamp(max=T - 1)], temperature, top_k, top_p)
-        ids[active, t], logps[active, t] = token, logp
-        lengths[active] += running
-        finished[active] |= running & torch.isin(token, stops)
-        running = running & ~finished[active] & (t < T - 1)
-        if presence_penalty:
-            seen[active, token] = True
+    while True:
+        # Turn over: waiting groups take the rows that have finished, or these leave
+        idle, R = flight.look(), len(flight.running)
+        bar.update(P * G - len(waiting) * G - (R - len(idle)) - bar.n)
+        if len(idle) == R and not waiting:
+            break
+        if len(idle) >= 0.25 * R:  # not at every finish: entering is a prefill, leaving a copy
+            if waiting:
+                entering, waiting = waiting[:len(idle) // G], waiting[len(idle) // G:]
+                end, seats = (P - len(waiting)) * G, idle[:len(entering) * G]
+                flight.admit(entering, seats, torch.arange(end - len(seats), end, device=device))
+            else:
+                flight.retire()
+
+        for _ in range(LOOK_EVERY):
+            logits = flight.decode()                                             # [R, V]
+            active, running = flight.rollout, flight.running                     # [R] each
+            t = torch.where(running, lengths[active], T)                         # [R]
+            if adjust:
+                logits = adjust(logits, ids[active, :T], lengths[active])
+            token, logp = draw(logits, uniform[active, t.clamp(max=T - 1)], temperature, top_k, top_p)
+            ids[active, t], logps[active, t] = token, logp
+            lengths[active] += running
+            finished[active] |= running & torch.isin(token, stops)
+            flight.token, flight.running = token, running & ~finished[active] & (t < T - 1)
     bar.close()
     group = [x.unflatten(0, (P, G)) for x in (ids[:, :T], lengths, logps[:, :T], finished)]
     return Rollouts(*group, from_explorer=torch.zeros_like(group[-1]))
 
 
-def encode(text, tokenizer, chat=True, thinking=None):
-    """Token ids of a prompt. With `chat`, a tokeniser that has a chat template applies it, told to think
-    ("on") or not ("off") where it can be, as Qwen3's. The template already holds the BOS token; exactly one
-    is wanted, and no EOS at the end. ValueError if the template, a small program that comes with the
-    checkpoint, fails."""
-    if not chat or not tokenizer.chat_template:
-        ids = tokenizer(text).input_ids
-        return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids  # some end every text so
-    options = {} if thinking is None else {"enable_thinking": thinking == "on"}
-    message = [{"role": "user", "content": text.rstrip("\n")}]
-    try:
-        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True, **options)
-    except Exception as error:
-        why = " ".join(str(error).split())
-        raise ValueError(f"{tokenizer.name_or_path}: its chat template fails: {why:.200}") from error
-    return tokenizer(text, add_special_tokens=False).input_ids
-
-
-def decode(rollouts, tokenizer):
-    """[P][G] texts, special tokens left out."""
-    return [[tokenizer.decode(ids[:length].tolist(), skip_special_tokens=True) for ids, length in zip(*group)]
-            for group in zip(rollouts.ids, rollouts.lengths)]
-
-
-def printable(text):
-    """With what does not print spelled out: a model's escape sequence is no command to the terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
-
-
 def main():
+    from plumbing.checkpoint import load
+    from plumbing.survival import one_line, pick_device
+    from plumbing.text import decode, encode, printable
     parser = argparse.ArgumentParser(description="Print rollouts of one prompt.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
@@ -261,15 +273,13 @@ def main():
     add("--device", default="auto", help="auto: cuda, then mps, then cpu")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and activations")
     args = parser.parse_args()
-    try:
+    with one_line("sample.py"):
         args.prompt.encode()  # ValueError if the terminal gave what is no text
-        model, tokenizer = load(args.model, pick_device(args.device), getattr(torch, args.dtype))
+        model, tokenizer, stops = load(args.model, pick_device(args.device), getattr(torch, args.dtype))
         prompt = encode(args.prompt, tokenizer, args.chat)
         random = torch.Generator().manual_seed(args.seed)
-        rollouts = sample(model, [prompt], args.n, random, args.max_new_tokens, args.temperature, args.top_k,
-                          args.top_p)
-    except Exception as error:
-        parser.exit(2, f"sample.py: error: {one_line(error)}\n")
+        rollouts = sample(model, [prompt], args.n, random, args.max_new_tokens, stops, args.temperature,
+                          args.top_k, args.top_p)
     for i, text in enumerate(decode(rollouts, tokenizer)[0]):
         end = "stopped" if rollouts.finished[0, i] else "cut"
         print(f"--- {rollouts.lengths[0, i]} tokens, {end}, log-prob {rollouts.logps[0, i].sum():.2f}")

@@ -1,8 +1,8 @@
 """Is the paper right? Every claim about S2L-PO as one command: a table, a JSON and a picture.
 
-    python recipes/claims.py gain                      one claim, or `all`; docs/claims.md has the study
-    python recipes/claims.py gain --pairs 2 --seeds 1  a small look
-    python recipes/claims.py search                    every arm's learning rate, on a pair of its own
+    python -m recipes.claims gain                      one claim, or `all`; docs/claims.md has the study
+    python -m recipes.claims gain --pairs 2 --seeds 1  a small look
+    python -m recipes.claims search                    every arm's learning rate, on a pair of its own
 
 An *arm* is a set of train.py's flags and, for some, a loop or an explorer of another recipe. A *run* is one
 arm at one learning rate on one base pair with one RL seed. A *base pair* is an explorer and a learner that
@@ -28,7 +28,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import sys
 from pathlib import Path
 from unittest import mock
 
@@ -36,14 +35,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import model as models
 import reward
 import train
 from eval import crossover as find_crossover
-from eval import headroom, new_figure, pass_at_k, plot_curves, powers_of_two, table
-from recipes import look
+from eval import headroom, pass_at_k, powers_of_two, table
+from plumbing import pictures
+from plumbing.books import open_books
+from plumbing.checkpoint import load
+from plumbing.pictures import new_figure, plot_curves
 from recipes.explorers import open_fleet, thinned
+from recipes.measured import measured
 from recipes.pairs import FIRST_PAIR, LADDER, RUNS, directory, make_member, measure, qualified
 from recipes.rescue import rescue
 from recipes.separate import separate
@@ -67,12 +68,13 @@ ARMS = {  # name: train.py's flags; {base} is the directory of the base pair
     **{name: f"--explorer {{base}}/{name}" for name in ("twin", "early", "pruned")},
     "behaviour": "--off-policy behaviour", "truncated": "--off-policy truncated",
     "geometric": "--off-policy geometric", "positive": "--off-policy positive",
-    "measured": "--schedule measured", "measured, geometric": "--schedule measured --off-policy geometric",
-    "measured, positive": "--schedule measured --off-policy positive",
+    "measured": "", "measured, geometric": "--off-policy geometric",
+    "measured, positive": "--off-policy positive",
     "rescue": "--schedule constant", "rescue, geometric": "--schedule constant --off-policy geometric",
     "fleet of 2": "", "fleet of 3": "",
 }
-LOOPS = {"separate": separate, "rescue": rescue, "rescue, geometric": rescue}  # in the place of train.train
+LOOPS = {"separate": separate, "rescue": rescue, "rescue, geometric": rescue,  # in the place of train.train
+         **dict.fromkeys(("measured", "measured, geometric", "measured, positive"), measured)}
 FLEETS = {"fleet of 2": ("middle",), "fleet of 3": ("middle", "twin")}         # members beside the explorer
 CLAIMS = {  # name: the arms that are compared; the first is the reference
     "gain": ("GRPO", "S2L-PO"),
@@ -135,12 +137,12 @@ def run_quietly(base, flags, open_explorer=train.open_explorer, loop=train.train
     out = RUNS / f"worker-{os.getpid()}"
     shutil.rmtree(out, ignore_errors=True)
     with (open(os.devnull, "w") as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null),
-          mock.patch.object(look, "draw")):  # pictures that nobody sees would be a quarter of its time
+          mock.patch.object(pictures, "draw")):  # pictures that nobody sees would be a quarter of its time
         args = train.parse_flags([str(flag) for flag in (
             *STUDY, "--learner", base / "learner", "--explorer", base / "explorer",
             "--data", base / "train.jsonl", "--eval-data", base / "heldout.jsonl", "--out", out, *flags)])
         run, explore = train.load_run(args, open_explorer)
-        train.evaluate_base_models(args, run, None)  # of the learner alone
+        open_books(args, run, None)  # without an evaluation of the explorer
         loop(args, run, explore)
     return args, run
 
@@ -243,7 +245,7 @@ def rates(task, arm):
         own = found[arm]
     except (OSError, KeyError):
         raise ValueError(f"{ASSETS}/search.json has no rates of {arm} on {task}: "
-                         f"run `python recipes/claims.py search --task {task}`") from None
+                         f"run `python -m recipes.claims search --task {task}`") from None
     together = {lr: found["GRPO"][lr] + found["S2L-PO"][lr] for lr in found["GRPO"]}
     return float(max(together, key=together.get)), float(max(own, key=own.get))
 
@@ -296,7 +298,7 @@ def draw(path, result):
     others = itertools.cycle(("#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#8c6d1f", "black", "#7b3294",
                               "#b2182b"))
     for i, (arm, best) in enumerate(result["best"].items()):
-        color = {"GRPO": look.GRPO, "S2L-PO": look.LEARNER}.get(arm) or next(others)  # in all figures
+        color = {"GRPO": pictures.GRPO, "S2L-PO": pictures.LEARNER}.get(arm) or next(others)  # in all figures
         left.plot(np.arange(len(best["curve"])) * 8, best["curve"], "o-", markersize=3, color=color,
                   label=f"{arm} ({best['lr']:g})")
         for which, shift, marker in (("equal", -0.12, "o"), ("best", 0.12, "s")):
@@ -348,7 +350,7 @@ def crossover(name, args):
             "task": task, "pairs": pairs, "k": ks, "pass@k": curves, "leads": leads,
             "95%": {member: values.tolist() for member, values in bands.items()}})
         if figure := new_figure(1):
-            plot_curves(figure[1], ks, curves, title=f"base models of `{task}`")
+            plot_curves(figure[1], curves, f"base models of `{task}`", find_crossover(ks, *list(curves.values())[:2]))
             for low, high in bands.values():
                 figure[1].fill_between(ks, low, high, alpha=0.2)
             figure[0].savefig(path.with_suffix(".png"), dpi=110)
@@ -362,7 +364,7 @@ def compute(name, args):
         pairs, spent = pairs_of(task, args), {arm: [] for arm in CLAIMS["gain"]}
         for pair, arm, seed in itertools.product(pairs, spent, range(args.seeds)):
             base = directory(task, pair)
-            size = {who: sum(p.numel() for p in models.load(base / who)[0].parameters())
+            size = {who: sum(p.numel() for p in load(base / who)[0].parameters())
                     for who in ("explorer", "learner")}
             prompt = 8 * len(reward.load_problems(base / "train.jsonl")[0].question)  # a step's
             lines = path_of(task, pair, arm, rates(task, arm)[0], seed).read_text().splitlines()

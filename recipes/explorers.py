@@ -1,23 +1,17 @@
 """Other explorers: values of the seam explore(prompts, n, generator) -> Rollouts [P, n].
 
-    python recipes/explorers.py fleet --also MODEL [--also MODEL]        several, who share the work
-    python recipes/explorers.py thinned                                  groups of one method each
+    python -m recipes.explorers fleet --also MODEL [--also MODEL]        several, who share the work
+    python -m recipes.explorers thinned                                  groups of one method each
 
 Both take train.py's flags too. The second is a control: another policy without its variety within a group.
 """
 import argparse
-import os
-import sys
-from functools import partial, reduce
-from pathlib import Path
-
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch: threads that spin for long starve others
+from functools import partial
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
-from sample import Rollouts, join
+from sample import join
 
 
 def fleet(explores):
@@ -25,7 +19,7 @@ def fleet(explores):
     def explore(prompts, n, generator):
         counts = [(n + i) // len(explores) for i in range(len(explores))]
         parts = [write(prompts, count, generator) for write, count in zip(explores, counts) if count]
-        return reduce(join, parts)
+        return join(*parts)
     return explore
 
 
@@ -38,7 +32,7 @@ def thinned(write):
         order = (~same).int().argsort(dim=1, stable=True)  # rollouts of the first one's method stand first
         places = torch.arange(n, device=order.device) % same.sum(1, keepdim=True)  # repeated where too few
         chosen = order.gather(1, places)  # [P, n]
-        return Rollouts(**{name: x[torch.arange(len(x))[:, None], chosen] for name, x in vars(pool).items()})
+        return pool[torch.arange(len(prompts), device=order.device)[:, None], chosen]
     return explore
 
 
@@ -51,9 +45,6 @@ def open_fleet(args, run, also):
         explores.append(train.open_explorer(argparse.Namespace(**vars(args) | {"explorer": name}), run))
         hashes.append(run.hashes["explorer"])
     run.hashes["explorer"] = hashes
-    for explore in explores:
-        if explore.func is train.sample:  # the first knows nothing yet of the last one's stop tokens
-            explore.args[0].stop_ids = run.learner.stop_ids
     return fleet(explores)
 
 

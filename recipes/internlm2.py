@@ -1,6 +1,6 @@
 """InternLM2 -> Llama, once: the same network under other names, with q, k and v in one matrix.
 
-    python recipes/internlm2.py internlm/internlm2_5-1_8b --out models/internlm2_5-1_8b
+    python -m recipes.internlm2 internlm/internlm2_5-1_8b --out models/internlm2_5-1_8b
 
 What it writes is an ordinary Llama checkpoint for train.py and transformers alike. No code of the source is
 run. To read its tokeniser takes `pip install sentencepiece protobuf`.
@@ -8,13 +8,12 @@ run. To read its tokeniser takes `pip install sentencepiece protobuf`.
 import argparse
 import json
 import shutil
-import sys
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from model import directory_of
+from plumbing.checkpoint import directory_of
+from plumbing.survival import one_line
 
 NAMES = {"tok_embeddings": "embed_tokens", "output.weight": "lm_head.weight",
          "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
@@ -68,7 +67,5 @@ if __name__ == "__main__":
     parser.add_argument("source", help="a directory or a Hugging Face hub name")
     parser.add_argument("--out", required=True, type=Path, help="directory to write")
     args = parser.parse_args()
-    try:
+    with one_line("internlm2.py", (ValueError, OSError, KeyError)):
         convert(args.source, args.out)
-    except (ValueError, OSError, KeyError) as error:
-        parser.exit(2, f"internlm2.py: error: {error}\n")

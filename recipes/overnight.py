@@ -1,7 +1,7 @@
 """Keeps a run going while nobody watches: when train.py has died, starts it again with --resume.
 
-    python recipes/overnight.py --out runs/night [train.py's flags]
-    python recipes/overnight.py recipes/rescue.py --out runs/night [its flags]
+    python -m recipes.overnight --out runs/night [train.py's flags]
+    python -m recipes.overnight recipes.rescue --out runs/night [its flags]
 
 Out of memory (exit code 3, or killed by the system), it goes on with half of --micro-batch-tokens and half of
 --rollout-rows, which only cost time. It gives up where to start again cannot help: after bad input or a full
@@ -13,15 +13,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+from plumbing.survival import checkpoints
+
 LEAST = {"--micro-batch-tokens": 512, "--rollout-rows": 16}
 DONE, OUT_OF_MEMORY = (0, 2, 4, 130, 143, -2, -15), (3, 137, -9)  # -15: ended by signal 15
 
 
 def supervise(argv):
-    """Runs the script that argv names, or train.py, until it is through. Returns its last exit code."""
-    script, flags = str(Path(__file__).resolve().parent.parent / "train.py"), argv
-    if argv and argv[0].endswith(".py"):
-        script, *flags = argv
+    """Runs the module that argv names, or train, until it is through. Returns its last exit code."""
+    module, *flags = argv if argv and not argv[0].startswith("-") else ["train", *argv]
     parser = argparse.ArgumentParser(description="Start train.py again when it dies. Takes all its flags.")
     parser.add_argument("--out", type=Path, required=True, help="directory of the run")
     parser.add_argument("--resume", action="store_true", help="needless: given where there is a run")
@@ -43,7 +43,7 @@ def supervise(argv):
         before = newest(own.out)
         resume = ["--resume"] if (own.out / "config.json").exists() else []
         limits = [str(part) for size in sizes.items() for part in size]
-        child = subprocess.Popen([sys.executable, script, *flags, "--out", str(own.out), *limits, *resume],
+        child = subprocess.Popen([sys.executable, "-m", module, *flags, "--out", str(own.out), *limits, *resume],
                                  start_new_session=True)  # so that Ctrl-C comes once, by `forward`
         code = child.wait()
         if code in DONE:
@@ -57,7 +57,7 @@ def supervise(argv):
 
 
 def newest(out):
-    return max((path.name for path in out.glob("checkpoint_*.pt")), default=None)
+    return next((path.name for path in checkpoints(out)), None)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Does it come about by itself? Task `natural`, over the size of the corpus and the epochs spent on it.
 
-    python recipes/overtrain.py             makes what is missing, then reports; docs/worth.md has the plan
-    python recipes/overtrain.py --pairs 1   a small look
+    python -m recipes.overtrain             makes what is missing, then reports; docs/worth.md has the plan
+    python -m recipes.overtrain --pairs 1   a small look
 
 A *cell* is a corpus size and a number of epochs. Each pair has its own corpus, weights and problems. A model
 that sees few texts many times learns them by heart. So a large learner may become confidently wrong without
@@ -19,17 +19,14 @@ import json
 import math
 import os
 import shutil
-import sys
-from pathlib import Path
 
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import train
 from eval import crossover, headroom, pass_at_k, powers_of_two
+from plumbing.family import make_family
+from plumbing.survival import write_whole
 from recipes.claims import area, do, run_quietly
-from recipes.family import make_family
 from recipes.pairs import directory, measure
 from recipes.worth import ASSETS, RUNS
 
@@ -69,7 +66,7 @@ def work(job):
             result[arm].append(area(evals))
             shutil.rmtree(args.out)
     path_of(job).parent.mkdir(parents=True, exist_ok=True)
-    train.write_whole(path_of(job), lambda file: file.write(json.dumps(result).encode()))
+    write_whole(path_of(job), lambda file: file.write(json.dumps(result).encode()))
 
 
 # ---- the report --------------------------------------------------------------------------------------------

@@ -5,18 +5,17 @@ habits, initial weights, problems) into runs/claims/TASK-SEED. Its relatives are
 the same corpus, or (`noise`) on one with the same table and other writers.
 """
 import functools
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import model as models
 import reward
 from eval import evaluate
+from plumbing.checkpoint import load, save
+from plumbing.family import CORPUS, make_corpus, make_family, pretrain
+from plumbing.text import encode_all
 from recipes.explorers import thinned
-from recipes.family import CORPUS, make_corpus, make_family, pretrain
 from sample import sample
 
 RUNS = Path("runs/claims")
@@ -44,7 +43,7 @@ def make_member(task, pair, name):
         make_family(base, task, pair)
     if (base / name).exists():
         return
-    member, tokenizer = models.load(base / "learner")
+    member, tokenizer, stops = load(base / "learner")
     if name == "pruned":
         del member.layers[len(member.layers) // 2]
         member.hf_config = member.hf_config | {"num_hidden_layers": len(member.layers)}
@@ -53,7 +52,7 @@ def make_member(task, pair, name):
         corpus = make_corpus(task, size, pair, change.get("noise", 0.01))
         member = pretrain(name, tokenizer, corpus, LADDER[task][change.get("like", "learner")], epochs,
                           pair + change.get("init", 0), stop_after=change.get("stop_after"))
-    models.save(member, tokenizer, base / name)
+    save(member, tokenizer, stops, base / name)
 
 
 @functools.cache
@@ -62,11 +61,12 @@ def measure(task, pair, name, n, thin=False, temperature=1.0, problems=128):
     and how much groups of 16 vary. In `habit` a solution has a *method*, its operator, and is *executed* if
     every step is right under that operator, whether or not the problem asked for it."""
     base = directory(task, pair)
-    model, tokenizer = models.load(base / name)
+    model, tokenizer, stops = load(base / name)
     problems = reward.load_problems(base / "heldout.jsonl")[:problems]
-    write = functools.partial(sample, model, max_new_tokens=16, temperature=temperature)
+    write = functools.partial(sample, model, max_new_tokens=16, stops=stops, temperature=temperature)
     seeded = torch.Generator().manual_seed(0)
-    found = evaluate(thinned(write) if thin else write, tokenizer, problems, n, seeded)
+    write, prompts = thinned(write) if thin else write, encode_all(problems, tokenizer)
+    found = evaluate(write, tokenizer, problems, prompts, n, seeded)
     texts = found["texts"]  # [P][n]
     groups = [of_one[i:i + 16] for of_one in texts for i in range(0, n - 15, 16)]
     distinct = lambda part: float(np.mean([len({part(text) for text in group}) for group in groups]))

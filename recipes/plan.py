@@ -1,6 +1,6 @@
 """What a run of train.py will need: memory of each phase, FLOPs of a step, before any weight is downloaded.
 
-    python recipes/plan.py --prompt-tokens 300 --learner Qwen/Qwen3-1.7B-Base --explorer Qwen/Qwen3-0.6B-Base
+    python -m recipes.plan --prompt-tokens 300 --learner Qwen/Qwen3-1.7B-Base --explorer Qwen/Qwen3-0.6B-Base
         --max-new-tokens 512 --dtype bfloat16 --micro-batch-tokens 4096 --rollout-rows 128 --lora-rank 32
 
 takes train.py's flags and reads nothing but the models' config.json (--learner also takes the path of one).
@@ -12,17 +12,16 @@ Shapes: P prompts of L tokens, G rollouts of T tokens each.
 """
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
 from anneal import explorer_share, split_group
 from grpo import micro_batches
 from model import Config, Transformer, add_lora, read_prompts
+from plumbing.survival import one_line
 from sample import KVCache
 
 
@@ -37,8 +36,11 @@ def empty_model(source, dtype):
     if not path.exists():
         from huggingface_hub import hf_hub_download
         path = hf_hub_download(source, "config.json")
-    with torch.device("meta"):
-        return Transformer(Config.from_hf(json.loads(Path(path).read_text()))).to(dtype)
+    try:
+        with torch.device("meta"):
+            return Transformer(Config.from_hf(json.loads(Path(path).read_text()))).to(dtype)
+    except (KeyError, TypeError, AttributeError) as error:  # a number or a name is missing, or of another kind
+        raise ValueError(f"{path} is no configuration of a model: {error!r}") from error
 
 
 def kept_activations(model, groups, rows, L, T):
@@ -139,10 +141,8 @@ def main():
     parser.add_argument("--prompt-tokens", type=int, default=256, help="length of a prompt")
     own, rest = parser.parse_known_args()
     args = train.parse_flags(["--data", "any", "--explorer", "none", *rest])
-    try:
+    with one_line("plan.py"):
         memory, flops = plan(args, own.prompt_tokens)
-    except (ValueError, OSError, KeyError) as error:
-        parser.exit(2, f"plan.py: error: {'config.json lacks ' * isinstance(error, KeyError)}{error}\n")
     for phase, amounts in memory.items():
         print(f"{phase}: {sum(amounts.values()) / 2 ** 30:.2f} GiB")
         print("".join(f"  {what:40}{amount / 2 ** 30:10.3f}\n" for what, amount in amounts.items() if amount))

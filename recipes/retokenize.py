@@ -1,44 +1,35 @@
 """An explorer with another tokeniser: the learner trains on its texts, in tokens of its own.
 
-    python recipes/retokenize.py --learner LEARNER --explorer MODEL --data gsm8k.jsonl [train.py's flags]
+    python -m recipes.retokenize --learner LEARNER --explorer MODEL --data gsm8k.jsonl [train.py's flags]
 
 The explorer reads each problem as its own tokeniser and chat template put it, and its response is tokenised
 anew. The learner computes the log-probs of the new tokens itself, as always. The explorer's log-prob of each
 token is lost: a rollout's is spread evenly, enough to weigh whole rollouts (--off-policy geometric).
 """
-import os
-import sys
-from pathlib import Path
-
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch: threads that spin for long starve others
-
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
-from model import fingerprint, load
-from sample import Rollouts, check_lengths, decode, encode, sample
+from plumbing.checkpoint import fingerprint, load
+from plumbing.text import decode, encode_all
+from sample import Rollouts, check_lengths, sample
 
 
 def open_explorer(args, run):
     """explore(prompts, n, generator) -> Rollouts [P, n] in the learner's tokens."""
     if args.off_policy in ("behaviour", "truncated"):
         raise ValueError(f"--off-policy {args.off_policy} needs the explorer's log-prob of each token")
-    explorer, theirs = load(args.explorer, run.learner.head.device, run.learner.head.dtype)
-    run.hashes["explorer"] = fingerprint(explorer.requires_grad_(False))
+    explorer, theirs, stops = load(args.explorer, run.learner.head.device, run.learner.head.dtype)
+    run.hashes["explorer"] = fingerprint(explorer.requires_grad_(False), theirs, stops)
     explorer.compiled = run.learner.compiled
-    prompt_of = {}  # {prompt in the learner's tokens: in the explorer's}
-    for problem in run.problems + run.eval_problems:
-        prompt, own = (encode(problem.prompt, tokenizer, problem.in_words, args.thinking)
-                       for tokenizer in (run.tokenizer, theirs))
-        prompt_of[tuple(prompt)] = own
-    check_lengths(explorer, prompt_of.values(), args.max_new_tokens)
-    stop_id = max(run.learner.stop_ids) if run.tokenizer.eos_token_id is None else run.tokenizer.eos_token_id
+    asked = encode_all(run.problems + run.eval_problems, theirs, args.thinking)
+    own_of = dict(zip(map(tuple, run.prompts + run.eval_prompts), asked))  # {learner's tokens: explorer's}
+    check_lengths(explorer, asked, args.max_new_tokens)
+    stop_id = max(run.stops) if run.tokenizer.eos_token_id is None else run.tokenizer.eos_token_id
 
     def explore(prompts, n, generator):
-        own = [prompt_of[tuple(prompt)] for prompt in prompts]
-        rollouts = sample(explorer, own, n, generator, args.max_new_tokens, args.explorer_temperature,
-                          top_p=args.explorer_top_p, rows=args.rollout_rows)
+        rollouts = sample(explorer, [own_of[tuple(prompt)] for prompt in prompts], n, generator,
+                          args.max_new_tokens, stops, args.explorer_temperature, top_p=args.explorer_top_p,
+                          rows=args.rollout_rows)
         return retokenize(rollouts, theirs, run.tokenizer, stop_id, args.max_new_tokens)
     return explore
 

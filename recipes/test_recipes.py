@@ -17,7 +17,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import model as models
 import reward
 import sample as sampling

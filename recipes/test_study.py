@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import grpo
 import model as models
 import reward
@@ -59,7 +58,7 @@ def test_intervals_hold_what_they_promise_when_pairs_differ():
 
 def test_a_claim_from_runs_to_table(study, family, tmp_path, monkeypatch, capsys):
     """The runs are train.py's, the numbers those of its metrics.jsonl; only a whole claim is published."""
-    with pytest.raises(ValueError, match="run `python recipes/claims.py search --task natural`"):
+    with pytest.raises(ValueError, match="run `python -m recipes.claims search --task natural`"):
         claims.rates("natural", "GRPO")
     claims.write_json(claims.ASSETS / "search.json", {
         "natural": {"GRPO": {"0.001": 0.3, "0.01": 0.2}, "S2L-PO": {"0.001": 0.3, "0.01": 0.5}}})

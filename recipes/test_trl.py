@@ -17,7 +17,6 @@ import pytest
 import torch
 
 pytest.importorskip("trl", reason="it needs TRL: pip install trl==1.16.0")
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from safetensors.torch import load_file
 from torch.nn.utils.rnn import pad_sequence
 from transformers import TrainerCallback

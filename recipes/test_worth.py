@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import grpo
 import model as models
 import sample as sampling

@@ -1,9 +1,9 @@
 """Is S2L-PO worth it? Beside what a practitioner would do instead, on fresh pairs. The plan: docs/worth.md.
 
-    python recipes/worth.py search       every arm at four settings on three pairs: its settings for `confirm`
-    python recipes/worth.py confirm      every arm at its best setting on eight other pairs, three seeds each
-    python recipes/worth.py boundary     the arms without a T_mix where S2L-PO lost before
-    python recipes/worth.py report       tables, verdicts and picture from assets/worth/runs.json.gz alone
+    python -m recipes.worth search       every arm at four settings on three pairs: its settings for `confirm`
+    python -m recipes.worth confirm      every arm at its best setting on eight other pairs, three seeds each
+    python -m recipes.worth boundary     the arms without a T_mix where S2L-PO lost before
+    python -m recipes.worth report       tables, verdicts and picture from assets/worth/runs.json.gz alone
 
 An *arm* is a set of train.py's flags and, for some, a loop of recipes/remedies.py. A *setting* is the flags
 that are searched. Pairs, workers and intervals are those of recipes/claims.py. Finished runs are kept under
@@ -22,19 +22,17 @@ import itertools
 import json
 import os
 import shutil
-import sys
-from functools import partial
 from pathlib import Path
-
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch: threads that spin for long starve others
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import model as models
 import train
-from eval import new_figure
+from plumbing.books import evaluate_run
+from plumbing.checkpoint import load
+from plumbing.pictures import new_figure
+from plumbing.survival import write_whole
 from recipes.claims import GRID, SEARCH_SEEDS, area, do, interval, make_models, run_quietly, shown
+from recipes.measured import measured
 from recipes.pairs import directory, qualified
 from recipes.remedies import LOOPS
 from recipes.rescue import rescue
@@ -53,10 +51,11 @@ ARMS = {  # name: flags; the simpler ones first: of arms that are as good, the f
     "S2L-PO at T 1.6": "--temperature 1.6", "S2L-PO at T 2.2": "--temperature 2.2",
     "S2L-PO, positive": "--off-policy positive",
     "rescue, positive": "--schedule constant --off-policy positive",
-    "measured, positive": "--schedule measured --off-policy positive"}
+    "measured, positive": "--off-policy positive"}
 OWN_LOOPS = {  # in the place of train.train
     "T 1.6 to 1": LOOPS["cooling"], "MaxRL": LOOPS["maxrl"], "entropy bonus": LOOPS["entropy"],
-    "dynamic sampling": LOOPS["dynamic"], "RAFT warm start": LOOPS["raft"], "rescue, positive": rescue}
+    "dynamic sampling": LOOPS["dynamic"], "RAFT warm start": LOOPS["raft"], "rescue, positive": rescue,
+    "measured, positive": measured}
 RATES = [f"--lr {lr:g}" for lr in GRID]
 SETTINGS = {"entropy bonus": ["--lr 0.0004 --kl-coef 0.03", "--lr 0.0008 --kl-coef 0.01",
                               "--lr 0.0008 --kl-coef 0.03", "--lr 0.0008 --kl-coef 0.1"]}  # others: RATES
@@ -84,7 +83,7 @@ def work(job):
     flags = ("--learner", base / learner, "--explorer", base / explorer, "--steps", steps, "--mix-steps", 16,
              "--seed", seed, *ARMS[arm].split(), *setting.split())
     args, run = run_quietly(base, flags, loop=OWN_LOOPS.get(arm, train.train))
-    size = {who: sum(p.numel() for p in models.load(base / name)[0].parameters())
+    size = {who: sum(p.numel() for p in load(base / name)[0].parameters())
             for who, name in (("learner", learner), ("explorer", explorer))}
     spent = np.cumsum([flops(line, size) if line["step"] else 0 for line in run.history]).tolist()
     evals = [line | {"flops": x} for line, x in zip(run.history, spent) if "eval_curve" in line]
@@ -92,10 +91,10 @@ def work(job):
             "strict@16": "eval_strict_pass@16", "answer@1": "eval_pass@1"}
     result = dict(zip(KEY, job)) | {name: [line[key] for line in evals] for name, key in keys.items()}
     if place == "home":
-        cold = train.evaluate_model(args, run, partial(train.learner_of(args, run), temperature=0.7))
+        cold = evaluate_run(args, run, train.writer(args, run, run.learner, temperature=0.7))
         result["cold"] = cold["eval_strict_pass@1"]
     path_of(job).parent.mkdir(parents=True, exist_ok=True)
-    train.write_whole(path_of(job), lambda file: file.write(json.dumps(result).encode()))
+    write_whole(path_of(job), lambda file: file.write(json.dumps(result).encode()))
     shutil.rmtree(args.out)
 
 
@@ -140,7 +139,7 @@ def searched(runs, arm):
     try:
         return sorted(((height(setting), setting) for setting in SETTINGS.get(arm, RATES)), reverse=True)
     except KeyError:
-        raise ValueError(f"{arm} has not been searched: run `python recipes/worth.py search`, with the same "
+        raise ValueError(f"{arm} has not been searched: run `python -m recipes.worth search`, with the same "
                          "--pairs and --seeds") from None
 
 

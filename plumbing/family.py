@@ -1,6 +1,6 @@
 """Makes the laptop family: an explorer and a learner, pretrained on one corpus, that differ in size only.
 
-    python recipes/family.py --task habit --out runs/family-habit
+    python -m plumbing.family --task habit --out runs/family-habit
 
 Writes explorer/ and learner/ (Hugging Face directories), train.jsonl and heldout.jsonl (problems that share
 no question with each other or with the corpus) and family.json (the settings). `python train.py` calls this
@@ -12,20 +12,19 @@ import os
 import random
 import shutil
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch: threads that spin for long starve others
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import model as models
-import reward
-from reward import HABIT_OPERATOR, OPERATIONS, Problem, habit_solution, reduce_at
-from model import pick_device
+from model import Config, Transformer
+from plumbing.checkpoint import save
+from plumbing.survival import one_line, pick_device
+from reward import HABIT_OPERATOR, OPERATIONS, SYNTHETIC, Problem, habit_solution, reduce_at, save_problems
 
 # Width, layers. The learner is large enough to memorise the writers' habits, the explorer too small for that
 # and just large enough to execute what it writes. On `habit` pass@k crosses over, on `natural` it does not.
@@ -144,17 +143,18 @@ def new_model(width, layers, tokenizer, generator):
           "rms_norm_eps": 1e-6, "max_position_embeddings": 128, "tie_word_embeddings": True,
           "attention_bias": False, "rope_parameters": {"rope_theta": 1e4, "rope_type": "default"},
           "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
-    model = models.Transformer(models.Config.from_hf(hf))
+    model = Transformer(Config.from_hf(hf))
     for name, p in model.named_parameters():
         if p.dim() == 2:
             torch.nn.init.normal_(p, std=0.02 if "embed" in name else p.shape[1] ** -0.5, generator=generator)
-    model.hf_config, model.stop_ids = hf, (tokenizer.eos_token_id,)
+    model.hf_config = hf
     return model
 
 
-def pretrain(name, tokenizer, corpus, size, epochs, seed, device="cpu", stop_after=None):
+def pretrain(name, tokenizer, corpus, size, epochs, seed, device="cpu", stop_after=None, stop=None):
     """A model of size (width, layers) after next-token training on corpus [(question, solution)], loss on the
-    solution only. `stop_after` epochs it is an earlier checkpoint of the same training."""
+    solution only. `stop_after` epochs it is an earlier checkpoint of the same training. `stop`: a
+    threading.Event that ends it with KeyboardInterrupt."""
     encoded = tokenizer([question + solution + EOS for question, solution in corpus]).input_ids
     prompts = tokenizer([question for question, _ in corpus]).input_ids
     ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in encoded], batch_first=True)  # [N, L]
@@ -174,6 +174,8 @@ def pretrain(name, tokenizer, corpus, size, epochs, seed, device="cpu", stop_aft
     with tqdm(total=last * steps_per_epoch, desc=title, dynamic_ncols=True, mininterval=seconds) as bar:
         for _ in range(last):
             for rows in torch.randperm(len(ids), generator=generator).split(BATCH)[:steps_per_epoch]:
+                if stop and stop.is_set():
+                    raise KeyboardInterrupt
                 batch, mask = ids[rows].to(device), target_mask[rows].to(device)
                 hidden = model(batch[:, :-1])[mask]  # [B, L-1, D] -> [tokens, D]
                 loss = F.cross_entropy(hidden @ model.head.T, batch[:, 1:][mask])
@@ -191,7 +193,8 @@ def pretrain(name, tokenizer, corpus, size, epochs, seed, device="cpu", stop_aft
 def make_family(out, task="habit", seed=0, noise=0.01, sizes=None, corpus_size=None, epochs=None,
                 device="cpu"):
     """Pretrains the family into directory `out`, which appears only when it is complete. Of several processes
-    that make it at once, the first to end has made it."""
+    that make it at once, the first to end has made it. The models are pretrained side by side, a thread each,
+    and so with the same bits however many cores there are."""
     out = Path(out)
     partial = out.with_name(f"{out.name}.partial-{os.getpid()}-{time.time_ns()}")  # killed, it may lie about
     sizes = sizes or SIZES[task]
@@ -199,13 +202,25 @@ def make_family(out, task="habit", seed=0, noise=0.01, sizes=None, corpus_size=N
     tokenizer = make_tokenizer(partial)
     corpus = make_corpus(task, corpus_size, seed, noise)
     started = time.time()
-    for name, size in sizes.items():
-        model = pretrain(name, tokenizer, corpus, size, epochs, seed, device)
-        models.save(model, tokenizer, partial / name)
+    threads, stop = torch.get_num_threads(), threading.Event()
+
+    def member(name):
+        torch.set_num_threads(1)  # of this thread
+        model = pretrain(name, tokenizer, corpus, sizes[name], epochs, seed, device, stop=stop)
+        save(model, tokenizer, (tokenizer.eos_token_id,), partial / name)
+
+    with ThreadPoolExecutor(len(sizes)) as pool:
+        try:
+            for _ in pool.map(member, sizes):
+                pass
+        except BaseException:  # Ctrl-C too: else leaving would wait for both models
+            stop.set()
+            raise
+    torch.set_num_threads(threads)
     used = {question for question, _ in corpus}
     problems = make_problems(task, 2_560, seed, exclude=used)
-    reward.save_problems(problems[:512], partial / "heldout.jsonl")
-    reward.save_problems(problems[512:], partial / "train.jsonl")
+    save_problems(problems[:512], partial / "heldout.jsonl")
+    save_problems(problems[512:], partial / "train.jsonl")
     settings = dict(task=task, seed=seed, noise=noise, sizes=sizes, corpus=corpus_size, epochs=epochs, lr=LR,
                     batch=BATCH, seconds=round(time.time() - started, 1))
     (partial / "family.json").write_text(json.dumps(settings, indent=2))
@@ -223,16 +238,16 @@ def main():
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     needed = dict(required=True, default=argparse.SUPPRESS)  # --help then names no default
-    add("--task", choices=reward.TASKS, default="habit", help="reward.py describes them")
+    add("--task", choices=SYNTHETIC, default="habit", help="reward.py describes them")
     add("--out", **needed, help="directory to make")
     add("--seed", type=int, default=0, help="of the corpus (and its table of habits), weights and problems")
     add("--noise", type=float, default=0.01, help="habit: share of writers who choose at random")
     add("--device", default="auto", help="auto: cuda, then mps, then cpu")
     args = parser.parse_args()
-    if Path(args.out).exists():
-        print(f"family.py: error: {args.out} is there already", file=sys.stderr)
-        sys.exit(2)
-    make_family(args.out, args.task, args.seed, args.noise, device=pick_device(args.device))
+    with one_line("family.py"):
+        if Path(args.out).exists():
+            raise ValueError(f"{args.out} is there already")
+        make_family(args.out, args.task, args.seed, args.noise, device=pick_device(args.device))
     print(f"made {args.out}")
 
 

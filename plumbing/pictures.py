@@ -1,10 +1,8 @@
 """What a run shows: its curve, and one self-contained page of its groups, each token coloured.
 
-    python recipes/look.py runs/NAME      makes runs/NAME/rollouts.html anew; train.py does, at evaluations
-
-A switch at the top says what colours mean. *gap*: how much likelier the learner finds a token than whoever
-drew it. The explorer's tokens show how far off-policy they are; the learner's own are white, or there is a
-bug. *ratio*: pi_theta / pi_old when the token was trained on; underlined tokens were clipped.
+A switch at the top of the page says what colours mean. *gap*: how much likelier the learner finds a token than
+whoever drew it. The explorer's tokens show how far off-policy they are; the learner's own are white, or there
+is a bug. *ratio*: pi_theta / pi_old when the token was trained on; underlined tokens were clipped.
 
 What a model writes is data: it is escaped, and characters that do not print are spelled out.
 """
@@ -15,13 +13,15 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from eval import interval, new_figure, plot_curves, powers_of_two
-from sample import decode, printable
+from plumbing.survival import FREE, write_whole
+from plumbing.text import decode, pieces, printable
 
-GROUPS = 4  # a step's, those whose ratios went furthest
+GROUPS, STEPS, TOKENS = 4, 6, 256  # shown: groups of a step, steps on the page, leading tokens of a rollout
 LEARNER, EXPLORER, GRPO = "#0072b2", "#e69f00", "#777777"  # which colour-blind readers can tell apart
 SHOWN = "logp_gap", "ratio", "clip_fraction"
+
+
+# ---- the page ----------------------------------------------------------------------------------------------
 
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Rollouts</title><style>
 body {font: 15px/1.5 system-ui, sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em; color: #222}
@@ -46,24 +46,25 @@ STYLE = "\n".join(f"#{name}:checked ~ main .{name[0]}{level + 5} {{background: {
                   for name in ("gap", "ratio") for level in range(-5, 6) if level)
 
 
-def note(out, step, problems, rollouts, scores, advantages, tokens, tokenizer):
-    """Writes out/rollouts/step_N.json, of the groups that moved most, and the page. problems [P], rollouts
-    [P, G], scores [P, G, 3], advantages [P, G] and tokens, {name: [P, G, T]}, are train.train's."""
+def note(out, turn, rollouts, scores, advantages, tokens, tokenizer):
+    """Writes out/rollouts/step_N.json, of the groups that moved most, and the page. rollouts [P, G], scores
+    [P, G, 3], advantages [P, G] and tokens, {name: [P, G, T]}, are train.train's."""
     shades = {name: tokens[name].nan_to_num() for name in SHOWN}
     shades["ratio"] = shades["ratio"].masked_fill(shades["ratio"] == 0, 1)  # 0: not trained on
     moved = (shades["ratio"] - 1).abs().flatten(1).amax(1)  # [P, G, T] -> [P]
     groups = []
     for p in moved.argsort(descending=True, stable=True)[:GROUPS].tolist():
         group = []
-        for g, length in enumerate(rollouts.lengths[p].tolist()):
+        for g, length in enumerate(rollouts.lengths[p].clamp(max=TOKENS).tolist()):
             values = {name: shades[name][p, g, :length].tolist() for name in SHOWN}
-            pieces = [tokenizer.decode([i]) for i in rollouts.ids[p, g, :length].tolist()]
+            text = pieces(rollouts.ids[p, g, :length].tolist(), tokenizer)
             who = "explorer" if rollouts.from_explorer[p, g] else "learner"
-            group.append({"who": who, "reward": scores[p, g, 0].item(),
-                          "advantage": advantages[p, g].item(), "tokens": pieces, **values})
-        groups.append({"question": problems[p].question, "answer": problems[p].answer, "rollouts": group})
-    path = Path(out, "rollouts", f"step_{step:06d}.json")
-    path.write_text(json.dumps({"step": step, "groups": groups}), encoding="utf-8")
+            group.append({"who": who, "reward": scores[p, g, 0].item(), "advantage": advantages[p, g].item(),
+                          "length": rollouts.lengths[p, g].item(), "tokens": text, **values})
+        problem = turn.problems[p]
+        groups.append({"question": problem.question, "answer": problem.answer, "rollouts": group})
+    step = json.dumps({"step": turn.step, "groups": groups})
+    write_whole(out / "rollouts" / f"step_{turn.step:06d}.json", lambda file: file.write(step.encode()))
     write_page(out)
 
 
@@ -79,22 +80,26 @@ def token(text, gap, ratio, clipped):
 
 
 def rollout(r):
-    text = "".join(map(token, r["tokens"], *(r[name] for name in SHOWN)))
+    text, hidden = "".join(map(token, r["tokens"], *(r[name] for name in SHOWN))), r["length"] - TOKENS
+    more = f" ... {hidden} more tokens" if hidden > 0 else ""
     return (f'<tr><td class="{r["who"]}">{r["who"]}<td>reward {r["reward"]:g}<td>A = {r["advantage"]:+.2f}'
-            f"<td><pre>{text}</pre>")
+            f"<td><pre>{text}{more}</pre>")
 
 
 def write_page(out):
+    """Makes out/rollouts.html anew from the newest steps in out/rollouts/."""
     steps = []
-    for path in sorted(Path(out, "rollouts").glob("step_*.json")):
+    for path in sorted(Path(out, "rollouts").glob("step_*.json"))[-STEPS:]:
         step = json.loads(path.read_text(encoding="utf-8"))
         groups = [f"<h2><pre>{shown(group['question'])}</pre> answer: {shown(group['answer'])}</h2>"
                   f"<table>{''.join(map(rollout, group['rollouts']))}</table>" for group in step["groups"]]
         steps.append(f"<details><summary>step {step['step']}</summary>{''.join(groups)}</details>")
     if steps:
         steps[-1] = steps[-1].replace("<details>", "<details open>", 1)
-    said = f"Underlined: clipped. Of each step the {GROUPS} groups whose ratios went furthest."
-    Path(out, "rollouts.html").write_text(PAGE % (STYLE, said, "".join(steps)), encoding="utf-8")
+    said = (f"Underlined: clipped. Shown are the newest {STEPS} evaluated steps, and of each the {GROUPS} groups "
+            "whose ratios went furthest.")
+    page = PAGE % (STYLE, said, "".join(steps))
+    write_whole(Path(out, "rollouts.html"), lambda file: file.write(page.encode()))
 
 
 def show_rollouts(problems, rollouts, scores, tokenizer):
@@ -107,9 +112,35 @@ def show_rollouts(problems, rollouts, scores, tokenizer):
     print(f"  of the question {problems[p].question[:500]!r}, whose answer is {problems[p].answer!r}")
 
 
-def draw(out, history, problems):
+# ---- curves ------------------------------------------------------------------------------------------------
+
+def new_figure(panels):
+    """(figure, axes), or None with a note where matplotlib is missing: only the pictures need it."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("no picture: pip install matplotlib draws it", file=sys.stderr)
+        return None
+    figure = Figure(figsize=(5.2 * panels, 3.8), layout="constrained")
+    return figure, figure.subplots(1, panels)
+
+
+def plot_curves(axis, curves, title, crossing=None, styles=None):
+    """Draws pass@k curves, {name: values at k = 1, 2, 4, ..}, and where the second overtakes the first."""
+    for name, values in curves.items():
+        ks = [2 ** i for i in range(len(values))]
+        axis.plot(ks, values, marker="o", markersize=4, label=name, **(styles or {}).get(name, {}))
+    if crossing:
+        axis.axvline(crossing, color="grey", linestyle=":", label=f"crossover at k = {crossing:.1f}")
+    axis.set(xscale="log", xlabel="k", ylabel="pass@k", ylim=(0, 1.02), title=title)
+    axis.set_xticks(ks, [str(k) for k in ks])
+    axis.minorticks_off()
+    axis.legend(fontsize=9)
+
+
+def draw(out, history, crossing):
     """Writes out/curve.png: pass@k before and after, and the learning curve over the explorer's share, with
-    its 95% interval over so many held-out problems. Plain GRPO's is beside it, where there is such a run."""
+    the 95% interval of each evaluation. Plain GRPO's is beside it, where there is such a run."""
     evals = [line for line in history if "eval_curve" in line]
     if (figure := new_figure(2 if evals else 1)) is None:
         return
@@ -121,19 +152,18 @@ def draw(out, history, problems):
                   last: evals[-1]["eval_curve"]}
         styles = {"learner before": dict(color=LEARNER, linestyle="--"), "explorer": dict(color=EXPLORER),
                   last: dict(color=LEARNER)}
-        ks = powers_of_two(2 ** (len(evals[0]["eval_curve"]) - 1))
         curves = {name: curve for name, curve in curves.items() if curve}
-        plot_curves(left, ks, curves, "pass@k, held out", styles)
+        plot_curves(left, curves, "pass@k, held out", crossing, styles)
     steps = [line for line in history if line["step"] > 0]
     x, share, reward = ([line[name] for line in steps] for name in ("step", "share", "reward"))
     right.fill_between(x, share, step="mid", alpha=0.2, color=EXPLORER, linewidth=0, label="explorer's share")
     right.plot(x, reward, color="black", linewidth=0.8, label="reward in training")
     for run, name, color in ((plain_grpo(out), "plain GRPO", GRPO), (history, "held out", LEARNER)):
-        evals = [line for line in run if "eval_curve" in line]
+        evals = [line for line in run if "eval_interval" in line]
         x, at_1 = [line["step"] for line in evals], [line["eval_curve"][0] for line in evals]
         if evals:
-            low, high = zip(*(interval(share, problems) for share in at_1))
-            right.fill_between(x, low, high, alpha=0.15, color=color, linewidth=0)
+            right.fill_between(x, *zip(*(line["eval_interval"] for line in evals)), alpha=0.15, color=color,
+                               linewidth=0)
             right.plot(x, at_1, "o-", markersize=4, color=color, label=f"{name}, pass@1")
     right.set(xlabel="step", ylim=(0, 1.02), title="training")
     right.legend(fontsize=9)
@@ -142,10 +172,11 @@ def draw(out, history, problems):
 
 def plain_grpo(out):
     """Metrics of a run beside this one that has no explorer, no other loop, and else no difference; or []."""
-    def experiment(path):  # (all but the explorer and the recipe, these)
-        settings = {"recipe": None} | json.loads((path / "config.json").read_text())
+    def experiment(path):
+        settings = json.loads((path / "config.json").read_text())
         who = settings["hash_of_explorer"], settings["recipe"]
-        return settings | dict.fromkeys(("explorer", "hash_of_explorer", "recipe")), who
+        explorers = {name for name in settings if "explorer" in name} | {"schedule", "mix_steps", "recipe"}
+        return settings | dict.fromkeys(FREE | explorers), who
     for path in sorted(out.parent.glob("*")):  # none, if that directory may not be listed
         try:
             if path != out and experiment(path) == (experiment(out)[0], (None, None)):
@@ -153,9 +184,3 @@ def plain_grpo(out):
         except (OSError, ValueError, LookupError, TypeError):
             continue  # no run, or one that is broken: this is only for a picture
     return []
-
-
-if __name__ == "__main__":
-    if len(sys.argv) != 2 or not Path(sys.argv[1], "rollouts").is_dir():
-        sys.exit("look.py: error: give the directory of a run, which holds rollouts/")
-    write_page(sys.argv[1])
