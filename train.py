@@ -37,7 +37,7 @@ from anneal import SCHEDULES, explorer_share, split_group
 from eval import evaluate, pass_at_k, powers_of_two, table
 from grpo import LOSSES, OFF_POLICY, Optimizer, group_advantages, update
 from model import Transformer, add_lora, fingerprint, load, out_of_memory, pick_device, save
-from reward import TASKS, load_problems, score
+from reward import SYNTHETIC, load_problems, score
 from sample import check_lengths, decode, encode, join, sample
 
 LEARNER, EXPLORER, MINIBATCH, EVALUATION, ADAPTER = range(5)  # what a random stream is for
@@ -126,7 +126,7 @@ def parse_flags(argv=None):
     add("--explorer", help="frozen model that explores; or its rollouts, .jsonl by recipes/pool.py; or none")
     add("--data", help="problems: JSONL with question and answer; recipes/data.py makes it of data sets")
     add("--eval-data", help="held-out problems; with --learner and without them nothing is evaluated")
-    add("--task", choices=TASKS, default="habit", help="the laptop family's task (habit)")
+    add("--task", choices=SYNTHETIC, default="habit", help="the laptop family's task (habit)")
     add("--thinking", choices=("on", "off"), help="for chat templates that can (the template's own)")
     add = parser.add_argument_group("explorer schedule (anneal.py)").add_argument
     add("--schedule", choices=SCHEDULES, default="linear", help=f"{choices} (linear)")

@@ -36,6 +36,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import model as models
 import reward
+from plumbing import answers
 from recipes.family import make_family
 from recipes.pool import open_pool
 from sample import encode
@@ -89,7 +90,7 @@ def strings(count, seed):
     for _ in range(count):
         text = texts.pop() if texts else hostile(rng)
         calls = [functools.partial(reward.score, problem, text) for problem in rng.sample(PROBLEMS, 2)]
-        for call in (*calls, lambda: reward.answers_equal(reward.extract_answer(text) or text, before)):
+        for call in (*calls, lambda: answers.answers_equal(answers.extract_answer(text) or text, before)):
             started = time.thread_time()  # of this process alone, whatever else the machine does
             try:
                 verdict = call()

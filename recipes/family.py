@@ -223,7 +223,7 @@ def main():
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     needed = dict(required=True, default=argparse.SUPPRESS)  # --help then names no default
-    add("--task", choices=reward.TASKS, default="habit", help="reward.py describes them")
+    add("--task", choices=reward.SYNTHETIC, default="habit", help="reward.py describes them")
     add("--out", **needed, help="directory to make")
     add("--seed", type=int, default=0, help="of the corpus (and its table of habits), weights and problems")
     add("--noise", type=float, default=0.01, help="habit: share of writers who choose at random")
