@@ -25,6 +25,7 @@ import torch
 from tqdm import tqdm
 
 from model import fingerprint, load, one_line, pick_device
+from plumbing.answers import after_thought
 from reward import Score, load_problems, score
 from sample import check_lengths, decode, encode, sample
 
@@ -58,7 +59,7 @@ def math_verify_score(problem, text):
     from math_verify import parse, verify
     if problem.task not in ("math", "instructed"):
         return score(problem, text)
-    right = verify(parse(f"\\boxed{{{problem.answer}}}"), parse(text))
+    right = verify(parse(f"\\boxed{{{problem.answer}}}"), parse(after_thought(text)))
     return Score(float(right), right, right)
 
 

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from plumbing import answers
-from plumbing.answers import answers_equal, extract_answer, last_boxed, tidy
+from plumbing.answers import after_thought, answers_equal, extract_answer, last_boxed, tidy
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ def as_problem(record):
     f"{question}{answer}".encode()  # ValueError: half of a surrogate pair, which no tokeniser takes
     if task not in [*TASKS] or (pattern := TASKS[task].pattern) and not re.fullmatch(pattern, question):
         raise ValueError(f"{question[:40]!r} is no question of a task {task!r} ({', '.join(TASKS)})")
-    answer = str(answer).rpartition("####")[2].strip()  # GSM8K's answers end so
+    answer = after_thought(str(answer)).rpartition("####")[2].strip()  # GSM8K's answers end so
     if answer.count("\\boxed") == 1:  # several boxes may hold a part of the answer each
         answer = (last_boxed(answer) or "").strip()
     return Problem(question, answer, task, extra)

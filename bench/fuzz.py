@@ -49,7 +49,7 @@ except ImportError:
 PIECES = [*"{}[]()$\\,./^_=-+*%&~ \n\0 0123456789abcXYZ°≤−é", "\\boxed{", "\\frac{", "\\dfrac", "\\sqrt",
           "\\left(", "\\right)", "\\text{", "\\cup", "\\{", "\\}", "\\boxed", "####", "Answer:", "answer: ",
           "1/3", "1,000", "-0.5", "10^{", "x=", "\\pi", "^\\circ", "\\%", "dollars", "\\infty",
-          "\\begin{pmatrix}", "&", "\\\\", "٣", "１", "²", "\ud800",
+          "\\begin{pmatrix}", "&", "\\\\", " or ", ", x=", "<think>", "</think>", "٣", "１", "²", "\ud800",
           "{}.__class__", "%s%n", "../../etc/passwd"]
 PROBLEMS = [reward.Problem("What is 6*7?", "42"), reward.Problem("?", "\\frac{1}{2}"),
             reward.Problem("?", "\\{1, 2, (3, 4]\\}"), reward.Problem("Which?", "B", "choice"),
