@@ -22,7 +22,6 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -69,7 +68,7 @@ def scorer_hash():
     return hashlib.sha256("".join(ast.unparse(ast.parse(x)) for x in sources).encode()).hexdigest()[:16]
 
 
-# ---- the checks: (problem, text) -> (strict, answer) -------------------------------------------------------
+# ---- the tasks and their checks ----------------------------------------------------------------------------
 
 OPERATIONS = {"+": lambda a, b: (a + b) % 10, "-": lambda a, b: (a - b) % 10,
               "~": lambda a, b: (b - a) % 10, "*": lambda a, b: a * b % 10}
@@ -88,8 +87,8 @@ def habit_solution(question, operator):
 
 def check_habit(problem, text):
     """The type fixes the operator, so exactly one worked solution is right."""
-    right = habit_solution(problem.question, HABIT_OPERATOR[problem.question[0]])
-    return text == right and text[-1:] == problem.answer, text[-1:] == problem.answer
+    question, answer = problem.question, text[-1:] == problem.answer
+    return answer and text == habit_solution(question, HABIT_OPERATOR[question[0]]), answer
 
 
 def reduce_at(expression, i):
@@ -135,10 +134,10 @@ def check_words(problem, text):
 
 
 class Task(NamedTuple):
-    check: Callable
+    check: callable        # (problem, text) -> (strict, answer)
     instruction: str = ""  # what follows the question
     pattern: str = ""      # what its questions look like, if they are whole prompts and not words
-    gold: str = ""         # what its answers look like; "": a short text that answers_equal can compare
+    gold: str = ""         # what its answers look like, "(?s).*" anything; "": short and equal to themselves
 
 
 SYNTHETIC = ("habit", "natural")
@@ -173,8 +172,8 @@ def load_problems(path):
 
 
 def matchable(problems, path):
-    """[Problem] of those whose answers a response can match; prints how many others `path` holds. Asks the
-    answer alone and not `score`, which is yours to change. ValueError if none is left."""
+    """[Problem] of those whose answers a response can match. Prints how many of `path` it leaves out. It asks
+    the answers and not `score`, which is yours to change. ValueError if none is left."""
     kept = [problem for problem in problems if can_be_matched(problem)]
     if left_out := len(problems) - len(kept):
         print(f"{path}: {left_out:,} of {len(problems):,} problems left out. No response matches their "

@@ -1167,6 +1167,13 @@ def test_an_own_reward_sees_its_records_and_loading_asks_no_scorer(tmp_path, mon
     assert {problem} == {reward.Problem("q", "7")}  # one question, once
     reward.save_problems(problems, tmp_path / "again.jsonl")
     assert json.loads((tmp_path / "again.jsonl").read_text()) == record
+    monkeypatch.undo()
+    check = lambda problem, text: (text in problem.extra["right"], True)
+    monkeypatch.setitem(reward.TASKS, "code", reward.Task(check, gold="(?s).*"))
+    record = {"question": "q", "answer": "", "task": "code", "right": ["a", "b"]}
+    (tmp_path / "code.jsonl").write_text(json.dumps(record))
+    problem, = reward.load_problems(tmp_path / "code.jsonl")
+    assert [reward.score(problem, text) for text in "ac"] == [(1.0, True, True), (0.0, False, True)]
 
 
 @pytest.mark.parametrize("module, rule, other", [
