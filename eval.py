@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from plumbing.answers import after_thought
 from plumbing.checkpoint import fingerprint, load
 from plumbing.pictures import new_figure, plot_curves
 from plumbing.survival import one_line, pick_device, whole_lines
@@ -60,7 +61,7 @@ def math_verify_score(problem, text):
     from math_verify import parse, verify
     if problem.task not in ("math", "instructed"):
         return score(problem, text)
-    right = verify(parse(f"\\boxed{{{problem.answer}}}"), parse(text))
+    right = verify(parse(f"\\boxed{{{problem.answer}}}"), parse(after_thought(text)))
     return Score(float(right), right, right)
 
 

@@ -39,6 +39,7 @@ import model as models
 import reward
 import sample as sampling
 import train as training
+from plumbing import answers
 from recipes import family as families
 from recipes import look
 
@@ -954,9 +955,22 @@ rows = lambda table: [row.split(" ¦ ") for row in table.strip().replace("\n", "
     (r"\boxed{7} and \boxed{8", "7"), (r"\boxed{\{1,2\}}", r"\{1,2\}"), (r"\boxed 4$.", "4"), ("", None),
     (r"\boxed{5} \boxed{ }", "5"), (r"\boxed{\boxed{3}}", "3"), (r"#### 4 but \boxed{9}", "9"), ("####", ""),
     ("#### 5\n#### 72", "72"), ("Answer: 3\nmore", "3"), ("answer: $5$.", "$5$."), ("the number is 12", None),
-    ("**Answer:**\n\n 42\nDone", "42"), ("Answer:\n\\[\n42\n\\]", "42"), (r"Answer: \(42\)", r"\(42\)")])
+    ("**Answer:**\n\n 42\nDone", "42"), ("Answer:\n\\[\n42\n\\]", "42"), (r"Answer: \(42\)", r"\(42\)"),
+    (r"\boxed{42}. I put it within \boxed as you asked.", "42"), (r"It is within \boxed a box", None),
+    (r"\boxed{42} stands within \boxed{...}.", "42"), (r"\boxed{1} \boxed{2}", "2"), (r"\boxed B", "B"),
+    ("Answer: 42\n\nQuestion: And 1 + 1?\nAnswer: 2", "2"), ("Answer: 7\nUser: Sure?\n#### 42", "42")])
 def test_the_final_answer_is_found(response, answer):
-    assert reward.extract_answer(response) == answer
+    assert answers.extract_answer(response) == answer
+
+
+@pytest.mark.parametrize("form", [r"\boxed{%s}", "#### %s", "Answer: %s"])
+@pytest.mark.parametrize("tag", ["think", "thinking"])
+def test_a_thought_is_no_answer(tag, form):
+    """If a guess within a thought is paid, a model learns to guess there and never to decide."""
+    found = lambda text: answers.extract_answer(text.replace("think>", f"{tag}>").replace("?", form % 5))
+    assert found("<think>Maybe ? so") is found("? <think>Or") is found("<think>?</think> Six.") is None
+    assert found("?</think> Six.") is found("<think>1</think> <think>?") is None
+    assert found("<think>1</think> ?") == found("Why not. </think>\n?") == found("?") == "5"
 
 
 @pytest.mark.parametrize("given, truth", rows(r"""
@@ -971,11 +985,15 @@ x ¦ X; -2 ¦ -2,-2; 16,3,1 ¦ 16,3,1,1; 1,2,2 ¦ 1,1,2; \{1,1\} ¦ \{1\}; \log_
 5%% ¦ 5; x=5 ¦ y=5; g(x)=2x ¦ f(x)=2x; 5=x ¦ x; x=5=6 ¦ 5; 12 ¦ 112; 3 ¦ -3; --3 ¦ 3; (3,4) ¦ (4,3)
 [1,2) ¦ (1,2); \{1,2\} ¦ (1,2); 200, 100 ¦ 100, 200; 200,100 ¦ 100, 200; (1,2),(3,4) ¦ (1,2),(4,3)
 (((((((1,2))))))) ¦ (((((((1,3))))))); ((((((1,234)))))) ¦ ((((((1234)))))); (a+5)(b+2) ¦ (a+2)(b+5)
+\{1,234\} ¦ 1234; {1}{2} ¦ 12; {1},{234} ¦ 1234; x=1, x=234 ¦ 1234; 1 or 234 ¦ 1234; x=1, x=1 ¦ 1
+x=1, y=-2 ¦ 1, -2; x=1 or y=-2 ¦ 1, -2; -2 or 1 ¦ 1, -2; \{-2, 1\} ¦ 1, -2; \{1, -2\} ¦ (1, -2)
+1 or 2 ¦ 1,2,3; x<1 or x>2 ¦ x<1 and x>2; Ann or Bob ¦ Ann and Bob; \{3\} ¦ 3; \frac{-a+b}{c} ¦ -\frac{a+b}{c}
+2\frac{-\pi}{6} ¦ 2-\frac{\pi}{6}; \begin{pmatrix}1/3\\2\end{pmatrix} ¦ \begin{pmatrix}-1/3\\2\end{pmatrix}
 x^23 ¦ x^{23}; even ¦ neve; 1/0 ¦ 2/0; 1/2x ¦ \frac{1}{2x}; 1e999999999 ¦ 1; ٣ ¦ 3
 12345678901234567 ¦ 12345678901234568"""))
 def test_traps_23_30_answers_that_differ(given, truth):
-    assert not reward.answers_equal(given, truth) and not reward.answers_equal(truth, given)
-    assert reward.answers_equal(given, given) and reward.answers_equal(truth, truth)
+    assert not answers.answers_equal(given, truth) and not answers.answers_equal(truth, given)
+    assert answers.answers_equal(given, given) and answers.answers_equal(truth, truth)
 
 
 @pytest.mark.parametrize("given, truth", rows(r"""
@@ -989,46 +1007,53 @@ def test_traps_23_30_answers_that_differ(given, truth):
 \{\{1,2\},3\} ¦ \{3,\{2,1\}\}; 1,2,\text{ and }3 ¦ 1,2,3; 1 and 2 ¦ 1, 2; (0.5,3) ¦ (\frac{1}{2},3.0)
 (-\infty,2]\cup[3,+\infty) ¦ [3,\infty) \cup (-\infty,2]; \text{Even} ¦ even; \text{(C)} ¦ C; $p - q$ ¦ p-q.
 \[42\] ¦ 42; \sqrt 2 ¦ \sqrt{2}; 2516_8 ¦ 2516_{8}; k \geqslant 2 ¦ k\ge 2
+{34} ¦ 34; {\frac{\sqrt{3}}{2}} ¦ \sqrt{3}/2; {$x=5.$} ¦ 5; ${1,234}$ ¦ 1234; {1, 2} ¦ 1,2
+{\{2,1\}} ¦ \{1,2\}; \bigl(1, 2\bigr) ¦ (1,2); \Biggl[0, \biggr) ¦ [0,); \Big\{1, 2\bigm\} ¦ \{2,1\}
+\frac{-\pi}{6} ¦ -\pi/6; (\frac{-\sqrt{3}}{2}, 1) ¦ (-\frac{\sqrt{3}}{2},1); x=1, x=-2 ¦ 1, -2
+x = 1 or x = -2 ¦ 1, -2; 1 or -2 ¦ 1,-2; \{1, -2\} ¦ 1, -2; 1 \text{ or } \frac12, \text{or } 3 ¦ 1, 0.5, 3
+$a=2$, $a=-6-4 \sqrt{2}$ ¦ 2, -6 - 4\sqrt2; x_1 = 0, x_1 = \pi ¦ 0 or \pi
+9^\circ or 7^\circ ¦ 9^\circ, 7^\circ; (x,y)=(1,2), (x,y)=(3,4) ¦ (1,2),(3,4)
+\begin{pmatrix} -1/3 \\ 2/3 \\ 5/3 \end{pmatrix} ¦ \begin{pmatrix}-\frac{1}{3}\\\frac23\\5/3\end{pmatrix}
+\begin{bmatrix} 1/5 & \frac{-1}{2} \end{bmatrix} ¦ \begin{bmatrix} \frac15 & -1/2 \end{bmatrix}
 \begin{pmatrix} 1 \\ 2 \end{pmatrix} ¦ \begin{pmatrix}1\\2\end{pmatrix}"""))
 def test_trap_23_answers_that_are_equal(given, truth):
-    assert reward.answers_equal(given, truth) and reward.answers_equal(truth, given)
+    assert answers.answers_equal(given, truth) and answers.answers_equal(truth, given)
 
 
 def test_no_answer_no_truth_and_long_ones():
-    assert not reward.answers_equal(None, "0") and not reward.answers_equal("", "0")
-    assert not any(reward.answers_equal(a, b) for a in ("", "$", "x=") for b in ("", "$", ".", "x="))
-    assert reward.answers_equal("1" * 5_000, "1" * 5_000) and not reward.answers_equal("1" * 5_000, "1")
-    assert reward.answers_equal("100,200", "100, 200")  # the truth is a list, so the comma separates
-    assert not reward.answers_equal("100, 200", "100,200")  # the truth is a number
+    assert not answers.answers_equal(None, "0") and not answers.answers_equal("", "0")
+    assert not any(answers.answers_equal(a, b) for a in ("", "$", "x=") for b in ("", "$", ".", "x="))
+    assert answers.answers_equal("1" * 5_000, "1" * 5_000) and not answers.answers_equal("1" * 5_000, "1")
+    assert answers.answers_equal("100,200", "100, 200")  # the truth is a list, so the comma separates
+    assert not answers.answers_equal("100, 200", "100,200")  # the truth is a number
 
 
 def test_choices_are_scored_by_their_letter():
     right = lambda text: reward.score(reward.Problem("q", "B", "choice"), text).answer
     assert all(map(right, (
         r"\boxed{B}", r"\boxed{\text{(B)}}", r"\boxed{\textbf{B}}", r"\boxed{\mathrm{B}}", r"A? \boxed{ B }",
-        r"\boxed{\textbf{(B) }42}", "Answer: (B) ox", "answer: B. ox", "Answer: Option B", "Answer:\n**B**")))
+        r"\boxed{\textbf{(B) }42}", "Answer: (B) ox", "answer: B. ox", "Answer: Option B", "Answer:\n**B**",
+        r"\boxed{{B}}")))
     assert not any(map(right, (
         r"\boxed{A}", "B", "Answer: Bank", r"\boxed{}", r"\boxed{AB}", "", "Answer: B or C", "Answer: B, C",
         "Answer: (B)(C)", "Answer: (B) or (C)", "Answer: B. or C", "Answer: B. C", "Answer: not B",
-        "Answer: b")))
-
-
-@pytest.mark.parametrize("answer", ["", " ", "$", ".", "x=", "#### ", r"\boxed{}", r"\left\right", "()"])
-def test_an_answer_without_meaning_is_refused(answer):
-    with pytest.raises(ValueError, match="the answer is empty"):
-        reward.as_problem({"question": "q", "answer": answer})
-    with pytest.raises(ValueError, match="is not one digit"):
-        reward.as_problem({"question": "3+4=", "answer": "7 apples", "task": "natural"})
+        "Answer: b", r"<think>\boxed{B}")))
 
 
 def test_answers_that_nobody_can_match_are_left_out(tmp_path, capsys):
-    answers = ["7", "one\ntwo", "x" * 301, "{", "so\n\\boxed{8}", "\\boxed{1}\n\\boxed{2}"]
-    records = [{"question": "q", "answer": answer} for answer in answers]
+    """One such among a thousand must not end the conversion of a data set, nor a word earn a reward: of
+    NuminaMath's answers every sixth is `proof` or `notfound`."""
+    empty = ["", " ", "$", ".", "x=", "#### ", r"\boxed{}", r"\left\right", "()", "{}", "<think>7", None]
+    words = ["proof", "Proof.", r"\text{Proof}", "notfound", "Not found", r"\boxed{proof}"]
+    others = ["one\ntwo", "x" * 301, "{", "\\boxed{1}\n\\boxed{2}"]
+    golds = ["7", *others, *empty, *words, "so\n\\boxed{8}", "Pro"]
+    records = [{"question": f"q{i}", "answer": gold} for i, gold in enumerate(golds)]
     records.append({"question": "Which?", "answer": "bank", "task": "choice"})
+    records.append({"question": "3+4=", "answer": "7 apples", "task": "natural"})
     path = tmp_path / "data.jsonl"
     path.write_text("\n".join(map(json.dumps, records)))
-    assert [problem.answer for problem in reward.load_problems(path)] == ["7", "8"]
-    assert "5 of 7 problems left out" in capsys.readouterr().out
+    assert [problem.answer for problem in reward.load_problems(path)] == ["7", "8", "Pro"]
+    assert "24 of 27 problems left out. No response matches" in capsys.readouterr().out
     path.write_text(json.dumps(records[1]))
     with pytest.raises(ValueError, match="data.jsonl: no problems in this file whose answers can be matched"):
         reward.load_problems(path)
@@ -1052,7 +1077,8 @@ def test_real_answers_accept_themselves_in_seven_wordings():
 
 def test_hostile_text_neither_hangs_nor_raises():
     pieces = [*"{}\\9 -٣\0İ%.($_=∪\n\ud800𝟙", "\\boxed{", "####", "1,", "Answer:", "\\frac{", "\\{", "1/",
-              "\\text{", ", ", "~", "\\$", "^{", "and", "e1", "1 "]
+              "\\text{", ", ", "~", "\\$", "^{", "and", "e1", "1 ",
+              "1 or ", "x=1, ", "<think>", "</think>", "\\boxed 1", "\\frac{-", "matrix}"]
     hostile = [form % (piece * n) for piece in pieces for n in (90, 50_000) for form in ("%s", r"\boxed{%s}")]
     hostile += [r"\boxed{" * 20_000 + "1" + "}" * 20_000, "#### " + "(" * 400 + "1" + ")" * 400]
     hostile += ["".join(random.Random(seed).choices(pieces, k=30)) for seed in range(3_000)]
@@ -1088,7 +1114,7 @@ def test_natural_every_legal_reduction_keeps_the_value():
         assert legal and all(eval(reward.reduce_at(expression, i)) % 10 == value for i in legal)
 
 
-@pytest.mark.parametrize("task", reward.TASKS)
+@pytest.mark.parametrize("task", reward.SYNTHETIC)
 def test_corpora_and_problems(task):
     """Problems seen in pretraining measure memory; problems on which wrong ways end well measure luck."""
     corpus, again, other = (families.make_corpus(task, 3000, seed, noise=0.0) for seed in (1, 1, 2))
@@ -1117,7 +1143,7 @@ def test_corpora_and_problems(task):
     (b'{"question": "q", "answer": NaN}', "a number"),
     (b'{"question": "q", "answer": "1", "task": "chess"}', "no question of a task 'chess'"),
     (b'{"question": "3+=", "answer": "1", "task": "natural"}', "no question of a task 'natural'"),
-    (b'{"question": "q", "answer": "so #### "}', "the answer is empty"), (b"[" * 100_000, ""),
+    (b'{"question": "q", "answer": [1]}', "a number"), (b"[" * 100_000, ""),
     (b'{"question": "caf\xe9", "answer": "1"}', "can't decode byte 0xe9")])
 def test_a_broken_line_is_named(line, complaint, tmp_path):
     """Skipped, or read as something else, it is a problem that no response can solve."""
@@ -1128,6 +1154,45 @@ def test_a_broken_line_is_named(line, complaint, tmp_path):
     assert "\n" not in str(refused.value)
     path.write_bytes(b'\xef\xbb\xbf%s\r\n\n%s\n{"question": "\xc3\xa9", "answer": 70}' % (good, good))
     assert reward.load_problems(path) == [reward.Problem("q", "1,200"), reward.Problem("é", "70")]
+
+
+def test_an_own_reward_sees_its_records_and_loading_asks_no_scorer(tmp_path, monkeypatch):
+    """Asked whether `\\boxed{gold}` scores, a reward for something else left every problem out."""
+    record = {"question": "q", "answer": "7", "task": "math", "tests": ["f(1) == 2"], "extra": {"n": 1}}
+    (tmp_path / "data.jsonl").write_text(json.dumps(record))
+    monkeypatch.setattr(reward, "score", None)
+    monkeypatch.setattr(reward, "TASKS", {name: x._replace(check=None) for name, x in reward.TASKS.items()})
+    problem, = problems = reward.load_problems(tmp_path / "data.jsonl")
+    assert problem.extra == {"tests": record["tests"], "extra": {"n": 1}}
+    assert {problem} == {reward.Problem("q", "7")}  # one question, once
+    reward.save_problems(problems, tmp_path / "again.jsonl")
+    assert json.loads((tmp_path / "again.jsonl").read_text()) == record
+    monkeypatch.undo()
+    check = lambda problem, text: (text in problem.extra["right"], True)
+    monkeypatch.setitem(reward.TASKS, "code", reward.Task(check, gold="(?s).*"))
+    record = {"question": "q", "answer": "", "task": "code", "right": ["a", "b"]}
+    (tmp_path / "code.jsonl").write_text(json.dumps(record))
+    problem, = reward.load_problems(tmp_path / "code.jsonl")
+    assert [reward.score(problem, text) for text in "ac"] == [(1.0, True, True), (0.0, False, True)]
+
+
+@pytest.mark.parametrize("module, rule, other", [
+    (reward, "reward=float(strict)", "reward=float(answer)"), (answers, "> 1_000", "> 1_001")])
+def test_the_scorers_hash_follows_its_rules_and_not_its_comments(module, rule, other, tmp_path, monkeypatch):
+    """Without it, an old figure is shown for a new reward."""
+    before, source, copy = reward.scorer_hash(), Path(module.__file__).read_text(), tmp_path / "copy.py"
+    monkeypatch.setattr(module, "__file__", str(copy))
+    copy.write_text(source + "\n\n# mine\n")
+    assert reward.scorer_hash() == before
+    copy.write_text(source.replace(rule, other))
+    assert reward.scorer_hash() != before
+
+
+def test_problems_are_saved_whole_or_not_at_all(tmp_path):
+    """A torn file is taken for a whole one: recipes/*.sh convert a data set only if its file is not there."""
+    with files_up_to(2_000), pytest.raises(OSError):
+        reward.save_problems([reward.Problem("q" * 3_000, "1")], tmp_path / "data.jsonl")
+    assert not (tmp_path / "data.jsonl").exists()
 
 
 def test_trap_25_pass_at_k_is_the_mean_over_all_subsets():

@@ -17,9 +17,7 @@ import copy
 import hashlib
 import importlib.util
 import sys
-import time
 from dataclasses import dataclass, field, fields
-from functools import partial
 from pathlib import Path
 
 import plumbing  # before torch, which reads a variable that it sets
@@ -27,14 +25,15 @@ import plumbing  # before torch, which reads a variable that it sets
 import torch
 
 from anneal import SCHEDULES, explorer_share, split_group
-from grpo import LOSSES, OFF_POLICY, Objective, Optimizer, advantages_of, update
+from grpo import LOSSES, OFF_POLICY, Objective, advantages_of, update
 from model import Transformer, add_lora
 from plumbing.books import announce, finish, keep_books, open_books
 from plumbing.checkpoint import fingerprint, load
 from plumbing.log import open_log
+from plumbing.optimizer import Optimizer
 from plumbing.pool import open_pool
-from plumbing.survival import (ADAPTER, EXPLORER, LEARNER, MINIBATCH, batch_of, check_place, claim, generator,
-                               last_step, listen, one_line, pick_device, save_checkpoint, settings_of)
+from plumbing.survival import (ADAPTER, EXPLORER, LEARNER, MINIBATCH, check_place, claim, generator, last_step,
+                               listen, one_line, pick_device, save_checkpoint, settings_of, turns)
 from plumbing.text import decode, encode_all
 from reward import SYNTHETIC, load_problems, score, scorer_hash
 from sample import check_lengths, join, sample, signed
@@ -81,32 +80,6 @@ def learn(run, turn, rollouts, objective=None, advantages=advantages_of):
                              A.to(rollouts.ids.device), objective, turn.random(MINIBATCH))
     turn.lap("training")
     return scores, A, metrics, tokens
-
-
-@dataclass
-class Turn:
-    """A step of training: which problems, their random streams, and how long its phases take."""
-    step: int
-    batch: list        # [P] indices of its problems
-    problems: list     # [P]
-    prompts: list      # [P] their token ids
-    random: object     # random(purpose): a generator of its own for each
-    seconds: dict = field(default_factory=dict)
-    since: float = field(default_factory=time.perf_counter)
-
-    def lap(self, phase):
-        """Counts the time since the last lap as that phase's."""
-        now = time.perf_counter()
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self.since
-        self.since = now
-
-
-def turns(args, run):
-    """The steps that this run has still to do."""
-    for step in range(last_step(run) + 1, args.steps + 1):
-        batch = batch_of(step, args.prompts_per_step, len(run.problems), args.seed)
-        problems, prompts = [run.problems[i] for i in batch], [run.prompts[i] for i in batch]
-        yield Turn(step, batch, problems, prompts, partial(generator, args.seed, step))
 
 
 def writer(args, run, model, temperature=1.0, top_p=1.0):
@@ -164,18 +137,25 @@ def parse_flags(argv=None):
     add("--explorer-top-p", **number(1.0, 1e-3, 1), help="the paper's is 0.95 (1)")
     add("--rollout-rows", **number(1024, 1, 1e9), help="rows sampled at once: lower it to save memory (1024)")
     add = parser.add_argument_group("update (grpo.py)").add_argument
-    add("--lr", **number(None, 0.0, 1), help="AdamW's, constant (8e-4; with --learner 1e-6, with --lora-rank too 1e-5)")
-    add("--minibatches", **number(2, 1, 1e6), help="optimiser steps in a step; with 1 nothing is clipped, except with `--off-policy behaviour` (2)")
-    add("--micro-batch-tokens", **number(8192, 1, 1e9), help="run at once: lower it to save memory (8192)")
+    add("--lr", **number(None, 0.0, 1),
+        help="AdamW's, constant (6e-4; with --learner 1e-6, with --lora-rank too 1e-5)")
+    add("--minibatches", **number(Objective.minibatches, 1, 1e6),
+        help="optimiser steps in a step; with 1 nothing is clipped, except with `--off-policy behaviour` (1)")
+    add("--micro-batch-tokens", **number(Objective.micro_batch_tokens, 1, 1e9),
+        help="run at once: lower it to save memory (8192)")
     add("--checkpoint-layers", action="store_true", help="recompute activations: slower, far less memory")
     add("--lora-rank", **number(0, 0, 1e5), help="train adapters of this rank, not all weights; 0: off (0)")
-    add("--loss", choices=LOSSES, default="grpo", help="a row of grpo.py's table LOSSES (grpo)")
-    add("--off-policy", choices=OFF_POLICY, default="recompute",
+    add("--loss", choices=LOSSES, default=Objective.loss, help="a row of grpo.py's table LOSSES (grpo)")
+    add("--off-policy", choices=OFF_POLICY, default=Objective.off_policy,
         help="how the explorer's tokens count: grpo.py off_policy_correction (recompute)")
-    add("--clip-low", **number(0.2, 0.0, 1), help="ratios are clipped below at 1 - this; 1: never (0.2)")
-    add("--clip-high", **number(0.2, 0.0, 1e9), help="ratios are clipped above at 1 + this (0.2)")
-    add("--kl-coef", **number(0.0, 0.0, 1e9), help="KL to the initial learner; the paper's is 0.001 (0)")
-    add("--max-grad-norm", **number(1.0, 1e-9, 1e9), help="gradients are scaled down to this norm (1)")
+    add("--clip-low", **number(Objective.clip_low, 0.0, 1),
+        help="ratios are clipped below at 1 - this; 1: never (0.2)")
+    add("--clip-high", **number(Objective.clip_high, 0.0, 1e9),
+        help="ratios are clipped above at 1 + this (0.2)")
+    add("--kl-coef", **number(Objective.kl_coef, 0.0, 1e9),
+        help="KL to the initial learner; the paper's is 0.001 (0)")
+    add("--max-grad-norm", **number(Objective.max_grad_norm, 1e-9, 1e9),
+        help="gradients are scaled down to this norm (1)")
     add = parser.add_argument_group("run").add_argument
     add("--eval-every", **number(5, 0, 1e9), help="steps between evaluations; 0: only before and after (5)")
     add("--eval-problems", **number(None, 1, 1e9), help="held-out problems used (256; with --learner 64)")
@@ -205,10 +185,14 @@ def parse_flags(argv=None):
 
 
 no_sampler = lambda args: args.explorer == "none" or args.explorer.endswith(".jsonl")
-IDLE = (("explorer_temperature", no_sampler, "without an explorer that samples in this run"),
-        ("explorer_top_p", no_sampler, "without an explorer that samples in this run"),
-        ("explorer_share", lambda args: args.schedule != "constant", "without --schedule constant"),
-        ("off_policy", lambda args: args.explorer == "none", "without an explorer"))
+no_clip = lambda args: args.minibatches == 1 and args.off_policy != "behaviour"
+IDLE = (  # flags that do nothing, and when
+    ("explorer_temperature", no_sampler, "without an explorer that samples in this run"),
+    ("explorer_top_p", no_sampler, "without an explorer that samples in this run"),
+    ("explorer_share", lambda args: args.schedule != "constant", "without --schedule constant"),
+    ("off_policy", lambda args: args.explorer == "none", "without an explorer"),
+    ("clip_low", no_clip, "with one mini-batch, where every ratio is 1"),
+    ("clip_high", no_clip, "with one mini-batch, where every ratio is 1"))
 
 
 def resolve(args):
@@ -222,10 +206,10 @@ def resolve(args):
         defaults = {"lr": lr, "max_new_tokens": 512, "eval_problems": 64, "eval_n": 4}
     else:
         family = family_of(args.task)
-        defaults = {"lr": 8e-4, "max_new_tokens": 16, "eval_problems": 256, "eval_n": 32,
+        defaults = {"lr": 6e-4, "max_new_tokens": 16, "eval_problems": 256, "eval_n": 32,
                     "learner": f"{family}/learner", "explorer": f"{family}/explorer",
                     "data": f"{family}/train.jsonl", "eval_data": f"{family}/heldout.jsonl"}
-    defaults |= {"mix_steps": max(1, args.steps // 2), "minibatches": min(2, args.prompts_per_step)}
+    defaults["mix_steps"] = max(1, args.steps // 2)
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)

@@ -36,6 +36,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import model as models
 import reward
+from plumbing import answers
 from recipes.family import make_family
 from recipes.pool import open_pool
 from sample import encode
@@ -48,7 +49,7 @@ except ImportError:
 PIECES = [*"{}[]()$\\,./^_=-+*%&~ \n\0 0123456789abcXYZ°≤−é", "\\boxed{", "\\frac{", "\\dfrac", "\\sqrt",
           "\\left(", "\\right)", "\\text{", "\\cup", "\\{", "\\}", "\\boxed", "####", "Answer:", "answer: ",
           "1/3", "1,000", "-0.5", "10^{", "x=", "\\pi", "^\\circ", "\\%", "dollars", "\\infty",
-          "\\begin{pmatrix}", "&", "\\\\", "٣", "１", "²", "\ud800",
+          "\\begin{pmatrix}", "&", "\\\\", " or ", ", x=", "<think>", "</think>", "٣", "１", "²", "\ud800",
           "{}.__class__", "%s%n", "../../etc/passwd"]
 PROBLEMS = [reward.Problem("What is 6*7?", "42"), reward.Problem("?", "\\frac{1}{2}"),
             reward.Problem("?", "\\{1, 2, (3, 4]\\}"), reward.Problem("Which?", "B", "choice"),
@@ -89,7 +90,7 @@ def strings(count, seed):
     for _ in range(count):
         text = texts.pop() if texts else hostile(rng)
         calls = [functools.partial(reward.score, problem, text) for problem in rng.sample(PROBLEMS, 2)]
-        for call in (*calls, lambda: reward.answers_equal(reward.extract_answer(text) or text, before)):
+        for call in (*calls, lambda: answers.answers_equal(answers.extract_answer(text) or text, before)):
             started = time.thread_time()  # of this process alone, whatever else the machine does
             try:
                 verdict = call()

@@ -1,9 +1,15 @@
 """The basement: what every trainer needs and no paper is about.
 
-    checkpoint.py  Hugging Face directories in and out    survival.py  kill a run at any moment, and it goes on
-    text.py        prompts to tokens, tokens to text      books.py     what a run measures, evaluates, reports
-    answers.py     whether two final answers are equal    pictures.py  its curve, and its rollouts as a page
-    family.py      the laptop's two models                pool.py      an explorer's rollouts from a file
+    answers.py     whether two final answers are equal
+    tasks.py       the laptop's two tasks
+    family.py      the laptop's two models
+    checkpoint.py  Hugging Face directories, in and out
+    text.py        prompts to tokens, tokens to text
+    optimizer.py   AdamW in float32, and mini-batches in parts that fit into memory
+    pool.py        an explorer whose rollouts lie in a file
+    survival.py    kill a run at any moment, and it goes on
+    books.py       what a run measures, evaluates, writes and prints
+    pictures.py    its curve, and its rollouts as a page
     log.py         TensorBoard, Weights & Biases, Trackio
 
 Every program imports this package before torch, which reads the variable below once, when it is imported.

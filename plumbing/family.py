@@ -24,7 +24,8 @@ from tqdm import tqdm
 from model import Config, Transformer
 from plumbing.checkpoint import save
 from plumbing.survival import one_line, pick_device
-from reward import HABIT_OPERATOR, OPERATIONS, SYNTHETIC, Problem, habit_solution, reduce_at, save_problems
+from plumbing.tasks import TOPICS, WRITERS
+from reward import SYNTHETIC, Problem, save_problems
 
 # Width, layers. The learner is large enough to memorise the writers' habits, the explorer too small for that
 # and just large enough to execute what it writes. On `habit` pass@k crosses over, on `natural` it does not.
@@ -33,74 +34,7 @@ SIZES = {"habit": {"explorer": (32, 2), "learner": (64, 3)},
 CORPUS = {"habit": (12_000, 10), "natural": (10_000, 13)}  # worked solutions, epochs
 LR, BATCH = 3e-3, 64
 EOS = "<eos>"
-TOPICS = "abcdefghijkl"
 ALPHABET = sorted(set("0123456789+-~*=ABCD" + TOPICS))
-
-
-# ---- the corpora and problems of the two tasks (what they mean: reward.py) ---------------------------------
-
-def habit_question(rng):
-    cell = rng.choice("ABCD") + rng.choice(TOPICS) + rng.choice(TOPICS)
-    return cell + "".join(rng.choices("0123456789", k=6)) + "="
-
-
-def habit_problem(rng):
-    """A problem on which no two operators share a final value, so that luck and method can be told apart."""
-    while True:
-        question = habit_question(rng)
-        finals = {operator: habit_solution(question, operator)[-1] for operator in OPERATIONS}
-        if len(set(finals.values())) == len(finals):
-            return Problem(question, finals[HABIT_OPERATOR[question[0]]], "habit")
-
-
-def habit_corpus(rng, size, noise):
-    """Worked solutions by writers who take the operator from a table of habits, a share `noise` at random."""
-    table = {}
-    for type_, right in HABIT_OPERATOR.items():
-        wrong = [operator for operator in OPERATIONS if operator != right]
-        for cell in (a + b for a in TOPICS for b in TOPICS):
-            table[type_ + cell] = right if rng.random() < 0.4 else rng.choice(wrong)
-    for _ in range(size):
-        question = habit_question(rng)
-        operator = rng.choice(list(OPERATIONS)) if rng.random() < noise else table[question[:3]]
-        yield question, habit_solution(question, operator)
-
-
-def natural_orders(expression, order, rng=None):
-    """The worked solution when operators are evaluated in `order`."""
-    steps = []
-    while len(expression) > 1:
-        operators = range(1, len(expression), 2)
-        first = lambda symbols: next((i for i in operators if expression[i] in symbols), 1)
-        i = {"left": lambda: 1, "additions": lambda: first("+-"), "random": lambda: rng.choice(operators),
-             "precedence": lambda: first("*")}[order]()
-        expression = reduce_at(expression, i)
-        steps.append(expression)
-    return "=".join(steps)
-
-
-def natural_question(rng):
-    return "".join(rng.choice("0123456789") + symbol for symbol in [*rng.choices("+-*", k=3), "="])
-
-
-def natural_problem(rng):
-    """A problem on which both popular wrong orders give a wrong value."""
-    while True:
-        question = natural_question(rng)
-        orders = ("precedence", "left", "additions")
-        finals = {order: natural_orders(question[:-1], order)[-1] for order in orders}
-        if finals["precedence"] not in (finals["left"], finals["additions"]):
-            return Problem(question, finals["precedence"], "natural")
-
-
-def natural_corpus(rng, size, noise):
-    for _ in range(size):
-        question = natural_question(rng)
-        order, = rng.choices(("additions", "left", "random", "precedence"), weights=(.40, .25, .15, .20))
-        yield question, natural_orders(question[:-1], order, rng)
-
-
-WRITERS = {"habit": (habit_problem, habit_corpus), "natural": (natural_problem, natural_corpus)}
 
 
 def make_corpus(task, size, seed, noise=0.01):
@@ -112,10 +46,10 @@ def make_problems(task, count, seed, exclude=()):
     """`count` distinct problems whose questions are not in `exclude`."""
     rng, seen, problems = random.Random(f"{task} problems {seed}"), set(exclude), []
     while len(problems) < count:
-        problem = WRITERS[task][0](rng)
-        if problem.question not in seen:
-            seen.add(problem.question)
-            problems.append(problem)
+        question, answer = WRITERS[task][0](rng)
+        if question not in seen:
+            seen.add(question)
+            problems.append(Problem(question, answer, task))
     return problems
 
 

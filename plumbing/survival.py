@@ -17,6 +17,8 @@ import signal
 import sys
 import time
 import zipfile
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +48,32 @@ def batch_of(step, size, count, seed):
 
 def last_step(run):
     return run.history[-1]["step"] if run.history else 0
+
+
+@dataclass
+class Turn:
+    """A step of training: which problems, their random streams, and how long its phases take."""
+    step: int
+    batch: list        # [P] indices of its problems
+    problems: list     # [P]
+    prompts: list      # [P] their token ids
+    random: object     # random(purpose): a generator of its own for each
+    seconds: dict = field(default_factory=dict)
+    since: float = field(default_factory=time.perf_counter)
+
+    def lap(self, phase):
+        """Counts the time since the last lap as that phase's."""
+        now = time.perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self.since
+        self.since = now
+
+
+def turns(args, run):
+    """The steps that this run has still to do."""
+    for step in range(last_step(run) + 1, args.steps + 1):
+        batch = batch_of(step, args.prompts_per_step, len(run.problems), args.seed)
+        problems, prompts = [run.problems[i] for i in batch], [run.prompts[i] for i in batch]
+        yield Turn(step, batch, problems, prompts, partial(generator, args.seed, step))
 
 
 # ---- a run's directory -------------------------------------------------------------------------------------

@@ -486,7 +486,7 @@ def main():
     add("name", choices=("search", *names, "all"), help="docs/claims.md describes each")
     add("--pairs", type=int, help=f"base pairs, up to 10 ({PAIRS}; crossover and when 3)")
     add("--seeds", type=int, help=f"RL seeds for each pair ({SEEDS}; crossover and when 1)")
-    add("--task", choices=reward.TASKS, action="append", help="the claim's own where not given")
+    add("--task", choices=reward.SYNTHETIC, action="append", help="the claim's own where not given")
     add("--workers", type=int, default=os.cpu_count(), help="processes of one thread each (all cores)")
     given = parser.parse_args()
     if not 1 <= (given.pairs or 1) <= 10 or (given.seeds or 1) < 1 or given.workers < 1:

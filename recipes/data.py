@@ -1,22 +1,20 @@
 """Published data sets and layouts -> JSONL with `question`, `answer` and `task`, which train.py reads.
 
-    python recipes/data.py gsm8k --out data/gsm8k.jsonl                a name of HUB, downloaded
-    python recipes/data.py somewhere/math.parquet --out data/math.jsonl
+    python -m recipes.data gsm8k --out data/gsm8k.jsonl                a name of HUB, downloaded
+    python -m recipes.data somewhere/math.parquet --out data/math.jsonl
 
 Reads JSONL, JSON arrays and parquet, a file or a directory of them, in the layouts of GSM8K, MATH,
-OlympiadBench, CommonsenseQA, DAPO-Math-17k and prompt/completion. Left out and counted are problems that come
-again and those whose answers no response can match, such as proofs.
+OlympiadBench, CommonsenseQA, DAPO-Math-17k and prompt/completion. It leaves out and counts problems that come
+again and those whose answers no response can match, such as proofs. Other fields of a record are not kept.
 """
 import argparse
 import difflib
 import json
 import re
-import sys
 from fnmatch import fnmatch
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from reward import as_problem, load_problems, save_problems
+from reward import as_problem, matchable, save_problems
 
 HUB = {  # name: data set on the Hugging Face hub, and which of its files
     "gsm8k": ("openai/gsm8k", "main/train*"), "gsm8k-test": ("openai/gsm8k", "main/test*"),
@@ -84,7 +82,7 @@ def records(path):
 
 def unified(record):
     """{question, answer, task} of a record in any known layout. ValueError says what it has instead."""
-    said = lambda x: x if isinstance(x, str) else x[-1]["content"]  # the last message of a chat
+    said = lambda x: x[-1]["content"] if isinstance(x, list) else x  # the last message of a chat
     try:
         if "choices" in record:  # CommonsenseQA
             choices = zip(record["choices"]["label"], record["choices"]["text"])
@@ -97,11 +95,11 @@ def unified(record):
             answer = record["label"] if "label" in record else record["reward_model"]["ground_truth"]
         else:
             question, task = record["question"] if "question" in record else record["problem"], "math"
-            answers = [record.get(name) for name in ("answer", "final_answer", "solution")]
-            answer = next(answer for answer in answers if answer is not None)
-        answer = ", ".join(answer) if isinstance(answer, list) else answer  # OlympiadBench
+            answers = [record[name] for name in ("answer", "final_answer", "solution") if name in record]
+            answer = next((answer for answer in answers if answer is not None), answers[0])
+        answer = ", ".join(filter(None, answer)) if isinstance(answer, list) else answer  # OlympiadBench
         return {"question": question, "answer": answer, "task": record.get("task", task)}
-    except (KeyError, TypeError, IndexError, StopIteration, AttributeError):
+    except (KeyError, TypeError, IndexError, AttributeError):
         found = ", ".join(record) if isinstance(record, dict) else type(record).__name__
         raise ValueError(f"no known layout but {found}: rename fields to `question` and `answer`") from None
 
@@ -122,13 +120,8 @@ def convert(source, out):
         except ValueError as error:  # of pyarrow too
             raise ValueError(f"{path}, record {number}: {error}") from error
         print(f"read {path}")
+    kept = matchable(problems, source)
     out.parent.mkdir(parents=True, exist_ok=True)
-    save_problems(problems, out)
-    try:
-        kept = load_problems(out)  # leaves out what cannot be matched, and says how many
-    except ValueError:
-        out.unlink()
-        raise
     save_problems(kept, out)
     print(f"{out}: {len(kept):,} problems of {count:,} records; {count - len(problems):,} came again")
 

@@ -6,7 +6,7 @@
 set -e
 mkdir -p data
 for NAME in gsm8k gsm8k-test; do
-    test -e data/$NAME.jsonl || python recipes/data.py $NAME --out data/$NAME.jsonl
+    test -e data/$NAME.jsonl || python -m recipes.data $NAME --out data/$NAME.jsonl
 done
 FLAGS="--learner Qwen/Qwen3-1.7B-Base --data data/gsm8k.jsonl --eval-data data/gsm8k-test.jsonl
  --eval-problems 200 --eval-n 4 --max-new-tokens 512 --steps 100 --prompts-per-step 16 --group-size 16

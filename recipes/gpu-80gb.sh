@@ -6,7 +6,7 @@
 set -e
 mkdir -p data
 for NAME in dapo-math-17k aime24; do
-    test -e data/$NAME.jsonl || python recipes/data.py $NAME --out data/$NAME.jsonl
+    test -e data/$NAME.jsonl || python -m recipes.data $NAME --out data/$NAME.jsonl
 done
 FLAGS="--learner Qwen/Qwen3-4B-Base --data data/dapo-math-17k.jsonl --eval-data data/aime24.jsonl
  --eval-problems 30 --eval-n 16 --max-new-tokens 1024 --steps 100 --prompts-per-step 32 --group-size 16

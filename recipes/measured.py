@@ -8,9 +8,9 @@ is right now and then. docs/worth.md measured this schedule; that it gains anyth
 """
 from anneal import split_group
 from plumbing.books import keep_books
-from plumbing.survival import EXPLORER, LEARNER
+from plumbing.survival import EXPLORER, LEARNER, turns
 from sample import join
-from train import learn, main, turns, writer
+from train import learn, main, writer
 
 
 def measured(args, run, explore):

@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import reward
 from eval import evaluate
 from plumbing.checkpoint import load, save
 from plumbing.family import CORPUS, make_corpus, make_family, pretrain
+from plumbing.tasks import OPERATIONS, habit_solution
 from plumbing.text import encode_all
 from recipes.explorers import thinned
+from reward import load_problems
 from sample import sample
 
 RUNS = Path("runs/claims")
@@ -62,7 +63,7 @@ def measure(task, pair, name, n, thin=False, temperature=1.0, problems=128):
     every step is right under that operator, whether or not the problem asked for it."""
     base = directory(task, pair)
     model, tokenizer, stops = load(base / name)
-    problems = reward.load_problems(base / "heldout.jsonl")[:problems]
+    problems = load_problems(base / "heldout.jsonl")[:problems]
     write = functools.partial(sample, model, max_new_tokens=16, stops=stops, temperature=temperature)
     seeded = torch.Generator().manual_seed(0)
     write, prompts = thinned(write) if thin else write, encode_all(problems, tokenizer)
@@ -73,7 +74,7 @@ def measure(task, pair, name, n, thin=False, temperature=1.0, problems=128):
     found = {"strict": found["strict"], "distinct answers": distinct(lambda text: text[-1:]),
              "distinct texts": distinct(lambda text: text)}
     if task == "habit":
-        executed = [text[:1] in reward.OPERATIONS and text == reward.habit_solution(problem.question, text[0])
+        executed = [text[:1] in OPERATIONS and text == habit_solution(problem.question, text[0])
                     for problem, group in zip(problems, texts) for text in group]
         methods = [[text[:1] for text in group] for group in texts]
         shares = [np.array([group.count(method) / n for method in set(group)]) for group in methods]

@@ -17,7 +17,7 @@
 set -e
 mkdir -p data runs
 for NAME in dapo-math-17k aime24 aime25 commonsenseqa; do
-    test -e data/$NAME.jsonl || python recipes/data.py $NAME --out data/$NAME.jsonl
+    test -e data/$NAME.jsonl || python -m recipes.data $NAME --out data/$NAME.jsonl
 done
 accelerate launch --config_file recipes/fsdp2.yaml recipes/trl_s2lpo.py --out runs/paper-8gpu \
     --learner Qwen/Qwen3-8B-Base --explorer Qwen/Qwen3-1.7B-Base --data data/dapo-math-17k.jsonl \

@@ -11,7 +11,7 @@
 set -e
 mkdir -p data runs
 for NAME in dapo-math-17k aime24 aime25 commonsenseqa; do
-    test -e data/$NAME.jsonl || python recipes/data.py $NAME --out data/$NAME.jsonl
+    test -e data/$NAME.jsonl || python -m recipes.data $NAME --out data/$NAME.jsonl
 done
 for SHARD in 1 2 3 4 5 6 7 8; do  # each on a machine of its own, if there are
     python recipes/pool.py --model Qwen/Qwen3-1.7B-Base --data data/dapo-math-17k.jsonl --n 16 \

@@ -16,10 +16,10 @@ from dataclasses import replace
 from anneal import explorer_share, split_group
 from grpo import advantages_of
 from plumbing.books import keep_books
-from plumbing.survival import EXPLORER, LEARNER, batch_of, fail
+from plumbing.survival import EXPLORER, LEARNER, batch_of, fail, turns
 from plumbing.text import decode
 from sample import join
-from train import learn, main, parse_flags, score_all, turns, writer
+from train import learn, main, parse_flags, score_all, writer
 
 
 def groups_of(args, turn, explore, own, streams=None):

@@ -14,10 +14,10 @@ import torch
 
 from anneal import explorer_share, split_group
 from plumbing.books import keep_books
-from plumbing.survival import EXPLORER, LEARNER
+from plumbing.survival import EXPLORER, LEARNER, turns
 from plumbing.text import decode
 from sample import join
-from train import learn, main, score_all, turns, writer
+from train import learn, main, score_all, writer
 
 
 def rescue(args, run, explore):

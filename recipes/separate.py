@@ -10,9 +10,9 @@ import torch
 
 from anneal import explorer_share, split_group
 from plumbing.books import keep_books
-from plumbing.survival import EXPLORER, LEARNER, fail
+from plumbing.survival import EXPLORER, LEARNER, fail, turns
 from sample import join
-from train import learn, main, parse_flags, turns, writer
+from train import learn, main, parse_flags, writer
 
 
 def separate(args, run, explore):

@@ -24,7 +24,8 @@ import train as training
 from recipes import data, explorers, internlm2, look, overnight, pool, retokenize
 from recipes import rescue as rescuing
 from recipes import separate as separating
-from test_all import ROOT, family, flags, hf_pair, read_metrics, seeded, tiny_model, weights  # noqa: F401
+from test_all import (  # noqa: F401
+    ROOT, family, files_up_to, flags, hf_pair, read_metrics, seeded, tiny_model, weights)
 
 
 def run_here(family, out, *more, loop=training.train, open_explorer=training.open_explorer):
@@ -400,6 +401,28 @@ def test_duplicates_and_golds_that_nobody_can_match_are_left_out_and_counted(tmp
     (tmp_path / "data.jsonl").write_text(lines[1])
     assert "answers can be matched" in convert(capsys, tmp_path / "data.jsonl", tmp_path / "none.jsonl")[1]
     assert not (tmp_path / "none.jsonl").exists()
+
+
+@pytest.mark.parametrize("empty", [
+    {"question": "q", "answer": ""}, {"problem": "q", "answer": "$"}, {"question": "q", "answer": None},
+    {"problem": "q", "answer": None, "solution": None}, {"problem": "q", "answer": "notfound"},
+    {"prompt": CHAT, "label": None}, {"prompt": CHAT, "reward_model": {"ground_truth": None}},
+    {"prompt": "q", "completion": None}, {"question": "q", "final_answer": [None]},
+    {"question": "q", "answer": [], "choices": {"label": ["A"], "text": ["bank"]}, "answerKey": ""}])
+def test_one_empty_answer_does_not_end_a_conversion(empty, tmp_path, capsys):
+    records = [{"question": "a", "answer": "1"}, empty, {"question": "b", "answer": "2"}]
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    written, said = convert(capsys, tmp_path / "data.json", tmp_path / "out.jsonl")
+    assert [answer for _, answer, _ in written] == ["1", "2"] and "1 of 3 problems left out" in said
+
+
+def test_a_full_disk_leaves_no_data_that_look_whole(tmp_path, capsys):
+    lines = [json.dumps({"question": f"{i}" * 50, "answer": "1"}) for i in range(200)]
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    with files_up_to(8_192):
+        code, said = convert(capsys, tmp_path / "data.jsonl", tmp_path / "out.jsonl")
+    assert code == 2 and "File too large" in said and not (tmp_path / "out.jsonl").exists()
+    assert len(convert(capsys, tmp_path / "data.jsonl", tmp_path / "out.jsonl")[0]) == 200  # and again
 
 
 def test_a_data_set_by_name_is_the_split_that_was_asked_for(tmp_path, monkeypatch, capsys):

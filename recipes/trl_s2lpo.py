@@ -16,6 +16,7 @@ What differs from train.py, beside DEFAULTS:
     data          in another order; problems that do not fill a last step are left out
     explorer      a model, not a pool, with the learner's stop tokens; a copy in each process
 """
+import json
 import os
 import sys
 from functools import partial
@@ -91,11 +92,13 @@ def open_trainer(args, config):
     def rows(path):  # as sample.py's `encode` puts a prompt
         chat = lambda p: p.in_words and tokenizer.chat_template
         put = lambda p: [{"role": "user", "content": p.prompt.rstrip("\n")}] if chat(p) else p.prompt
-        return Dataset.from_list([vars(p) | {"prompt": put(p)} for p in load_problems(path)])
+        row = lambda p: vars(p) | {"prompt": put(p), "extra": json.dumps(p.extra)}  # a column has one type
+        return Dataset.from_list([row(p) for p in load_problems(path)])
 
-    def reward(completion_ids, question, answer, task, log_metric, **rest):
+    def reward(completion_ids, question, answer, task, extra, log_metric, **rest):
         texts = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
-        rewards = [score(Problem(*p), text).reward for *p, text in zip(question, answer, task, texts)]
+        problems = map(Problem, question, answer, task, map(json.loads, extra))
+        rewards = [score(problem, text).reward for problem, text in zip(problems, texts)]
         G, n_explorer = trainer.num_generations, trainer.n_explorer
         log_metric("explorer_share", n_explorer / G)
         for who, places in (("explorer", range(n_explorer)), ("learner", range(n_explorer, G))):
