@@ -41,9 +41,9 @@ def flags(tmp_path_factory):
     save_problems([Problem(f"Bfa4839{i:02}=", "2", "habit") for i in range(40)], home / "data.jsonl")
     return lambda out, *more: [str(flag) for flag in (
         "--learner", home / "learner", "--explorer", home / "explorer", "--data", home / "data.jsonl",
-        "--eval-data", home / "data.jsonl", "--out", out, "--steps", 4, "--mix-steps", T_MIX,
-        "--prompts-per-step", P, "--group-size", G, "--minibatches", M, "--max-new-tokens", 6, "--lr", 1e-3,
-        "--per_device_train_batch_size", 5, "--disable_tqdm", True, *more)]
+        "--out", out, "--steps", 4, "--mix-steps", T_MIX, "--prompts-per-step", P, "--group-size", G,
+        "--minibatches", M, "--max-new-tokens", 6, "--lr", 1e-3, "--per_device_train_batch_size", 5,
+        "--disable_tqdm", True, *more)]
 
 
 def varied(problem, text):
@@ -81,7 +81,7 @@ def train(flags, prepare=lambda trainer: None):
         explore, trainer.explore = trainer.explore, by_explorer
         both, trainer._generate_single_turn = trainer._generate_single_turn, by_both
         prepare(trainer)
-        trainer.train(resume_from_checkpoint=args.resume)
+        trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
         trainer.save_model()
     return trainer, json.loads(json.dumps(rounds))  # tuples become lists, as they come from other processes
 
@@ -113,7 +113,7 @@ def check_groups(processes):
 
 def test_groups_are_split_by_the_schedule_and_an_evaluation_is_the_learners(flags, tmp_path):
     """A share counted by updates anneals M times too fast; an explorer in evaluations is measured with it."""
-    trainer, rounds = train(flags(tmp_path, "--eval_strategy", "steps", "--eval_steps", M))
+    trainer, rounds = train(flags(tmp_path, "--eval-data", flags(tmp_path)[5]))
     check_groups([rounds])
     evaluations = [line for line in rounds if not line["training"]]
     assert evaluations and all(line["learner"] and not line["explorer"] for line in evaluations)
@@ -121,6 +121,14 @@ def test_groups_are_split_by_the_schedule_and_an_evaluation_is_the_learners(flag
     assert [line["explorer_share"] for line in log] == pytest.approx([1, 0.6, 0, 0])
     assert ["reward_explorer" in line for line in log] == [True, True, False, False]
     assert ["reward_learner" in line for line in log] == [False, True, True, True]
+
+
+def test_several_updates_by_the_same_rollouts_are_one_step_of_the_schedule(flags, tmp_path):
+    """--num_iterations 2 moved it two steps a batch: the explorer was gone in half the time."""
+    trainer, rounds = train(flags(tmp_path, "--num_iterations", 2, "--minibatches", 1, "--steps", 3))
+    log = [line for line in trainer.state.log_history if "explorer_share" in line]
+    assert [line["explorer_share"] for line in log] == pytest.approx([1, 0.6, 0]) and len(rounds) == 3
+    assert trainer.state.global_step == 3 * 2
 
 
 @pytest.fixture(scope="module")
@@ -194,10 +202,48 @@ def test_a_killed_run_goes_on_where_it_was(flags, tmp_path):
     _, unbroken = train(flags(tmp_path / "whole"))
     with pytest.raises(KeyboardInterrupt):
         train(flags(tmp_path / "run", "--save-every", 1), kill)
-    trainer, rounds = train(flags(tmp_path / "run", "--save-every", 1, "--resume"))
+    trainer, rounds = train(["--out", str(tmp_path / "run"), "--resume"])
     assert [line["step"] for line in rounds] == [2, 3, 4] and rounds == unbroken[1:]
     ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("run", "whole"))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_a_resumed_run_is_the_experiment_it_began_as(flags, tmp_path, capsys):
+    """With more steps T_mix was computed anew and the explorer came back; another explorer temperature was
+    taken without a word. A checkpoint cut short has no trainer_state.json, a copied one an older step."""
+    home, resumed = tmp_path / "run", ["--out", str(tmp_path / "run"), "--resume"]
+    recipe.open_trainer(*recipe.parse_flags(flags(home, "--mix-steps", 0, "--hub_token", "secret")))
+    assert "secret" not in (home / "settings.json").read_text()
+    assert recipe.parse_flags(resumed)[1].resume_from_checkpoint is None  # killed before its first checkpoint
+    for name, step in (("4", 4), ("10", 10), ("4-best", 4), ("12", None)):
+        (home / f"checkpoint-{name}").mkdir()
+        if step:
+            (home / f"checkpoint-{name}/trainer_state.json").write_text(json.dumps({"global_step": step}))
+    args, config = recipe.parse_flags([*resumed, "--steps", "9", "--rollout-rows", "8", "--save-every", "2"])
+    assert (args.mix_steps, config.max_steps, config.num_generations, args.rollout_rows) == (2, 9 * M, G, 8)
+    assert config.resume_from_checkpoint == str(home / "checkpoint-10")
+    for wrong, complaint in (([*resumed, "--explorer-temperature", "0.7"], "temperature 1.0 -> 0.7"),
+                             ([*resumed, "--lr", "1"], "learning_rate 0.001 -> 1.0"),
+                             ([*resumed, "--weight_decay", "0.1"], "weight_decay 0.0 -> 0.1"),
+                             ([*resumed, "--mix-steps", "4"], "mix_steps 2 -> 4"),
+                             (["--out", str(tmp_path / "none"), "--resume"], "none holds no run"),
+                             (flags(home), "holds a run: --resume")):
+        with pytest.raises(SystemExit):
+            recipe.parse_flags(wrong)
+        assert complaint in capsys.readouterr().err
+
+
+def test_problems_too_long_for_either_model_are_left_out(flags, tmp_path, capsys):
+    """One such prompt ended the run in the step that it came in."""
+    hf_pair("qwen3", tmp_path / "explorer", vocab_size=32, num_hidden_layers=1, max_position_embeddings=32)
+    path, long = tmp_path / "data.jsonl", [Problem("1" * n, "2", "instructed") for n in (27, 60)]
+    save_problems([*load_problems(flags(tmp_path)[5]), *long], path)
+    for explorer, room, left_out in (("none", 64, 1), (tmp_path / "explorer", 32, 2)):
+        given = flags(tmp_path / str(room), "--data", path, "--eval-data", path, "--explorer", explorer)
+        trainer = recipe.open_trainer(*recipe.parse_flags(given))
+        assert len(trainer.train_dataset) == len(trainer.eval_dataset) == 42 - left_out
+        said = f"{left_out} of 42 problems left out: too long for a context of {room}"
+        assert said in capsys.readouterr().out
 
 
 def test_log_probs_of_vllm_weigh_the_learners_tokens_alone(flags, tmp_path):
@@ -247,14 +293,52 @@ def test_paper_8gpus_flags_are_known(monkeypatch):
     assert config.use_vllm and not config.vllm_importance_sampling_correction and config.delta == 3
 
 
-def test_what_is_missing_or_does_not_fit_is_said_in_one_line(flags, tmp_path, monkeypatch):
-    hf_pair("qwen3", tmp_path / "other", vocab_size=32)
-    (tmp_path / "other" / "generation_config.json").write_text('{"eos_token_id": [0, 5]}')
-    with pytest.raises(SystemExit, match="differ in tokens, or in stop tokens"):
-        recipe.open_trainer(*recipe.parse_flags(flags(tmp_path, "--explorer", tmp_path / "other")))
+def test_flags_that_the_recipe_computes_are_refused(flags, tmp_path, capsys):
+    """They were overwritten without a word. --eval-data evaluated nothing without --eval_strategy."""
+    for flag, instead in (
+            ("--max_steps", "--steps"), ("--num-train-epochs", "--steps"), ("--save_steps", "--save-every"),
+            ("--save_strategy", "--save-every"), ("--eval_steps", "--eval-every"),
+            ("--gradient_accumulation_steps", "--minibatches"), ("--logging_steps", "--minibatches"),
+            ("--steps_per_generation", "--prompts-per-step"), ("--resume_from_checkpoint", "--resume"),
+            ("--generation_batch_size", "--prompts-per-step")):
+        with pytest.raises(SystemExit):
+            recipe.parse_flags(flags(tmp_path, flag, "steps" if "strategy" in flag else 1))
+        assert capsys.readouterr().err.endswith(f"{flag[2:].replace('-', '_')} follows from {instead}\n")
+    _, config = recipe.parse_flags(flags(tmp_path, "--eval-data", "x.jsonl"))
+    assert (config.eval_strategy, config.eval_steps) == ("steps", 4 * M)
+    _, config = recipe.parse_flags(flags(tmp_path, "--eval-data", "x.jsonl", "--eval-every", 2))
+    assert config.eval_steps == 2 * M
+
+
+def test_what_the_user_can_mend_is_said_in_one_line(flags, tmp_path, monkeypatch, capsys):
+    bad, stops, other = (tmp_path / name for name in ("bad", "stops", "other"))
+    hf_pair("qwen3", stops, vocab_size=32)
+    (stops / "generation_config.json").write_text('{"eos_token_id": [0, 5]}')
+    hf_pair("qwen3", other, vocab_size=32)
+    (other / "tokenizer.json").write_text((other / "tokenizer.json").read_text().replace('"~"', '"!"'))
+    hf_pair("qwen3", bad, vocab_size=32)
+    next(bad.glob("*.safetensors")).write_bytes(b"torn")
+    (tmp_path / "data.jsonl").write_text('{"question": "1"}')
+    (tmp_path / "few.jsonl").write_text('{"question": "1", "answer": "1", "task": "instructed"}')
+    for *wrong, complaint in (
+            ("--explorer", stops, "or in stop tokens"), ("--explorer", other, "differ in tokens"),
+            ("--explorer", "no where", "no where cannot be loaded"), ("--explorer", "", "missing"),
+            ("--learner", "no where", "no where cannot be loaded"), ("--learner", bad, "deserializing"),
+            ("--data", tmp_path / "none", "no such file"), ("--data", tmp_path / "data.jsonl", "line 1"),
+            ("--data", tmp_path / "few.jsonl", "1 problems are left"), ("--max-new-tokens", 60, "0 problems"),
+            ("--group-size", 1, "--per_device_train_batch_size", 1, "at least 2 generations"),
+            ("--minibatches", 0, "out of range"), ("--explorer-top-p", 2, "out of range"),
+            ("--explorer-temperature", "nan", "out of range"), ("--steps", "x", "invalid int"),
+            ("--nonsense", 1, "unrecognized")):
+        monkeypatch.setattr(sys, "argv", ["trl_s2lpo.py", *flags(tmp_path / "run", *wrong)])
+        with pytest.raises(SystemExit) as stop:
+            recipe.main()
+        *_, line = capsys.readouterr().err.splitlines()
+        assert stop.value.code == 2 and line.startswith("trl_s2lpo.py: error: ") and complaint in line, line
     monkeypatch.setitem(sys.modules, "trl", None)
-    with pytest.raises(SystemExit, match="pip install trl==1.16.0"):
+    with pytest.raises(SystemExit):
         runpy.run_path(recipe.__file__)
+    assert "pip install trl==1.16.0" in capsys.readouterr().err
 
 
 def shard_on_cpus():
