@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from anneal import explorer_share, split_group
 from plumbing.survival import batch_of
+from plumbing.text import cut
 from sample import Rollouts
 
 
@@ -95,7 +96,9 @@ def draw(path, places, run, max_new_tokens, prompts, n, generator):
     ids, logps = (pad_sequence([torch.tensor(row[:max_new_tokens]) for row in rows], batch_first=True)
                   for rows in zip(*records))  # [P*n, T] each
     fields = ids, lengths, logps, finished, torch.zeros_like(finished)
-    return Rollouts(*(x.unflatten(0, (len(prompts), n)).to(run.learner.head.device) for x in fields))
+    rollouts = Rollouts(*(x.unflatten(0, (len(prompts), n)) for x in fields))
+    rollouts = cut(rollouts, run.until) if run.until else rollouts
+    return Rollouts(*(x.to(run.learner.head.device) for x in vars(rollouts).values()))
 
 
 def read(line, prompt, num_tokens, stops):
