@@ -224,7 +224,8 @@ def update(learner, reference, optimizer, prompts, rollouts, advantages, objecti
     sizes = groups.tolist(), [len(prompts[row // G]) for row in range(P * G)], mask.sum(1).tolist()
     # Without a KL, A = 0 is a gradient of 0. A model that has become NaN earns equal rewards too, but its
     # rows run: their loss is NaN, which is counted.
-    teaches = ((bool(reference) | (A != 0) | sampler_logps.sum(1).isnan()) & mask.any(1)).tolist()
+    broken = sampler_logps.sum(1).isnan() & ~from_explorer
+    teaches = ((bool(reference) | (A != 0) | broken) & mask.any(1)).tolist()
 
     def logprobs(model, rows):
         return response_logprobs(model, prompts, groups[rows], ids[rows], mask[rows], objective.temperature)
