@@ -54,8 +54,8 @@ def score(problem, text):
 
 
 def scorer_hash():
-    """A hash of the rules without their comments: a figure belongs to the rules that gave it. What your own
-    reward imports from elsewhere is not in it."""
+    """A hash of the rules, without comments but with docstrings: a figure belongs to the rules that gave it.
+    What your own reward imports from elsewhere is not in it."""
     files = __file__, answers.__file__, tasks.__file__
     sources = [Path(file).read_text(encoding="utf-8") for file in files]
     return hashlib.sha256("".join(ast.unparse(ast.parse(x)) for x in sources).encode()).hexdigest()[:16]
@@ -75,7 +75,7 @@ def check_natural(problem, text):
 
 
 def said(problem, text):
-    """A response, behind the last line of a prompt that is given exactly: it may end with `Answer:`."""
+    """A response. An exact prompt may end with `Answer:`, so its last line is put before the response."""
     return problem.question.rpartition("\n")[2] + text if problem.exact else text
 
 

@@ -20,7 +20,8 @@ from plumbing.survival import EVALUATION, generator, last_step, save_checkpoint,
 
 def keep_books(args, run, turn, line, rollouts, scores, advantages, metrics, tokens):
     """After an update. `line`: what the loop has to say of the step, its share at least; metrics and tokens
-    are update's, and tokens may be None. FloatingPointError if no update was finite in five steps."""
+    are update's, and tokens may be None. FloatingPointError if in each of five
+    steps an update was skipped."""
     line = {"step": turn.step} | line | metrics | measure(rollouts, scores, turn.seconds)
     run.history.append(line)
     last = turn.step == args.steps

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from model import add_lora
-from plumbing.checkpoint import load
+from plumbing.checkpoint import fingerprint, load
 
 LEARNER, EXPLORER, MINIBATCH, EVALUATION, ADAPTER = range(5)  # what a random stream is for
 FREE = {"resume", "out", "log", "steps", "device", "compile", "eval_every", "save_every", "rollout_rows",
@@ -102,8 +102,8 @@ def whole_lines(path):
 
 def settings_of(out):
     """The settings of the run in `out`, as its first start left them; {} if there is none."""
-    path = Path(out, "config.json")
-    return json.loads(path.read_text()) if path.exists() else {}
+    path = Path(out or "", "config.json")
+    return json.loads(path.read_text()) if out and path.exists() else {}
 
 
 def check_place(out, resume):
@@ -113,6 +113,8 @@ def check_place(out, resume):
         raise ValueError(f"--out {out} is a file, not a directory")
     if there and resume and not (out / "config.json").exists():
         raise ValueError(f"--resume: {out} holds no run")
+    if resume and not there:
+        print(f"{out} holds no run yet: a new one begins")
     if there and not resume:
         raise ValueError(f"{out} is there already: --resume continues a run, another --out begins one")
 
@@ -139,8 +141,9 @@ def claim(args, run):
     args.out = args.out or str(new_directory())
     args.id = settings["id"] = before.get("id") or f"{Path(args.out).name}-{os.urandom(4).hex()}"
     out = Path(args.out)
-    (out / "rollouts").mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     write_whole(out / "config.json", lambda file: file.write(json.dumps(settings, indent=2).encode()))
+    (out / "rollouts").mkdir(exist_ok=True)
     for path in (out / "rollouts").glob("step_*.json"):  # of steps to come again
         if int(path.stem.removeprefix("step_")) > last_step(run):
             path.unlink()
@@ -192,7 +195,10 @@ def load_any(source, device="cpu", dtype=torch.float32):
         return load(source, device, dtype)
     if not (files := [path] if path.is_file() else checkpoints(out)):
         raise ValueError(f"{source}: the run has no such checkpoint")
-    model, tokenizer, _ = load(settings["learner"], device, dtype)
+    model, tokenizer, base_stops = load(settings["learner"], device, dtype)
+    same_dtype = settings["dtype"] == str(dtype).removeprefix("torch.")  # of which the fingerprint is
+    if same_dtype and fingerprint(model, tokenizer, base_stops) != settings["hash_of_learner"]:
+        raise ValueError(f"{settings['learner']} is no longer the model that {out} began with")
     if settings["lora_rank"]:
         add_lora(model, settings["lora_rank"], torch.Generator())
     saved = torch.load(files[0], map_location="cpu", weights_only=True)["weights"]

@@ -6,6 +6,8 @@ alpha = e / (e + l), where e is the share of groups that only the explorer solve
 learner solved. Groups are counted, not mean rewards, which would never let the explorer go: even a beaten one
 is right now and then. docs/worth.md measured this schedule; that it gains anything was not shown.
 """
+import sys
+
 from anneal import split_group
 from plumbing.books import keep_books
 from plumbing.survival import EXPLORER, LEARNER, turns
@@ -39,4 +41,5 @@ def measured_share(history, decay=0.8, least=0.1):
 
 
 if __name__ == "__main__":
-    main(loop=measured, recipe="measured")
+    all_of_it = ["--schedule", "constant", "--explorer-share", "1"]  # a pool must hold what may be asked of it
+    main([*all_of_it, *sys.argv[1:]], loop=measured, recipe="measured")

@@ -75,7 +75,7 @@ def dynamic(args, run, explore, redraws=3):
         for attempt in range(1, redraws + 1):
             right = score_all(turn.problems, decode(rollouts, run.tokenizer))[..., 1]  # [P, G]
             if not (failed := (right.sum(1) == 0).nonzero().flatten().tolist()):
-                continue
+                break
             thrown_away += int(rollouts.lengths[failed].sum())
             others = batch_of(turn.step, len(turn.batch), len(run.problems), args.seed + 10_000 * attempt)
             order = list(range(len(turn.batch)))
@@ -114,4 +114,6 @@ if __name__ == "__main__":
     flags = parse_flags(sys.argv[2:])
     if sys.argv[1] == "entropy" and (not flags.kl_coef or flags.lora_rank):
         fail("remedies.py", 2, "entropy needs --kl-coef, and no --lora-rank, where adapters share the weights")
+    if sys.argv[1] == "dynamic" and flags.explorer.endswith(".jsonl"):
+        fail("remedies.py", 2, "dynamic asks for other problems than a pool was made for: give a model")
     main(sys.argv[2:], loop=LOOPS[sys.argv[1]], recipe=sys.argv[1])
