@@ -29,8 +29,8 @@ def measured(args, run, explore):
 
 
 def measured_share(history, decay=0.8, least=0.1):
-    """alpha from the metrics of the steps so far, e and l smoothed over them. Below `least` the explorer leaves
-    for good: without rollouts of its own, e only falls from then on."""
+    """alpha from the metrics of the steps so far, e and l smoothed over them. Below `least` the explorer
+    leaves for good: without rollouts of its own, e only falls from then on."""
     e = l = 0.5
     for line in history:
         if line["step"]:

@@ -53,8 +53,8 @@ def write_pool(args, shard, shards):
         for start in tqdm(range(done, len(problems), AT_ONCE), desc=args.out, mininterval=seconds):
             batch = problems[start:start + AT_ONCE]
             random = torch.Generator().manual_seed(args.seed * 1_000_003 + batch[0][0])
-            rollouts = sample(model, prompts[start:start + AT_ONCE], args.n, random, args.max_new_tokens, stops,
-                              args.temperature, top_p=args.top_p, rows=args.rollout_rows, until=until)
+            rollouts = sample(model, prompts[start:start + AT_ONCE], args.n, random, args.max_new_tokens,
+                              stops, args.temperature, top_p=args.top_p, rows=args.rollout_rows, until=until)
             for p, texts in enumerate(decode(rollouts, tokenizer)):
                 number, problem = batch[p]
                 for g, text in enumerate(texts):

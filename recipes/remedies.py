@@ -19,12 +19,12 @@ from plumbing.books import keep_books
 from plumbing.survival import EXPLORER, LEARNER, batch_of, fail, turns
 from plumbing.text import decode
 from sample import join
-from train import learn, main, parse_flags, score_all, writer
+from train import learn, main, parse_flags, score_all, train, writer
 
 
 def groups_of(args, turn, explore, own, streams=None):
-    """(share, rollouts [P, G]) of a step, as train.train writes them. `streams`: the generators of explorer and
-    learner, where they go on from an earlier call."""
+    """(share, rollouts [P, G]) of a step, as train.train writes them. `streams`: the generators of explorer
+    and learner, where they go on from an earlier call."""
     share = explorer_share(turn.step, args.mix_steps, args.schedule, args.explorer_share) if explore else 0.0
     streams = streams or (turn.random(EXPLORER), turn.random(LEARNER))
     writers = zip((explore, own), split_group(share, args.group_size), streams)
@@ -59,10 +59,7 @@ def entropy(args, run, explore):
     for weight in run.reference.parameters():
         weight.zero_()
     run.objective = replace(run.objective, kl_estimator="k2")
-    own = writer(args, run, run.learner, args.temperature)
-    for turn in turns(args, run):
-        share, rollouts = groups_of(args, turn, explore, own)
-        keep_books(args, run, turn, {"share": share}, rollouts, *learn(run, turn, rollouts))
+    train(args, run, explore)
 
 
 def dynamic(args, run, explore, redraws=3):
@@ -91,12 +88,14 @@ def dynamic(args, run, explore, redraws=3):
 def raft(args, run, explore):
     """Ratio 1 and A = 1: the gradient is the log-likelihood's. A pass over all successes for each mini-batch
     that the objective has."""
-    own, supervised = writer(args, run, run.learner, args.temperature), replace(run.objective, minibatches=1)
+    own = writer(args, run, run.learner, args.temperature)
     for turn in turns(args, run):
         share, rollouts = groups_of(args, turn, explore, own)
-        imitate, passes = (successes, args.minibatches) if share == 1 else (advantages_of, 1)
+        objective, advantages, passes = run.objective, advantages_of, 1
+        if share == 1:
+            objective, advantages, passes = replace(objective, minibatches=1), successes, args.minibatches
         for _ in range(passes):
-            scores, A, metrics, tokens = learn(run, turn, rollouts, supervised if share == 1 else None, imitate)
+            scores, A, metrics, tokens = learn(run, turn, rollouts, objective, advantages)
         metrics["tokens_trained"] *= passes
         keep_books(args, run, turn, {"share": share}, rollouts, scores, A, metrics, tokens)
 
@@ -109,11 +108,14 @@ def successes(rewards, from_explorer, objective):
 LOOPS = {"cooling": cooling, "maxrl": maxrl, "entropy": entropy, "dynamic": dynamic, "raft": raft}
 
 if __name__ == "__main__":
-    if not {*sys.argv[1:2]} & {*LOOPS}:
-        sys.exit(__doc__)
-    flags = parse_flags(sys.argv[2:])
-    if sys.argv[1] == "entropy" and (not flags.kl_coef or flags.lora_rank):
-        fail("remedies.py", 2, "entropy needs --kl-coef, and no --lora-rank, where adapters share the weights")
-    if sys.argv[1] == "dynamic" and flags.explorer.endswith(".jsonl"):
-        fail("remedies.py", 2, "dynamic asks for other problems than a pool was made for: give a model")
-    main(sys.argv[2:], loop=LOOPS[sys.argv[1]], recipe=sys.argv[1])
+    name, *argv = sys.argv[1:] or ["--help"]
+    if name not in LOOPS:
+        print(__doc__)
+        sys.exit(0 if name in ("--help", "-h") else 2)
+    if name in ("entropy", "dynamic"):
+        flags = parse_flags(argv)
+        if name == "entropy" and (not flags.kl_coef or flags.lora_rank):
+            fail("remedies.py", 2, "entropy needs --kl-coef, and no --lora-rank: adapters share their base")
+        if name == "dynamic" and flags.explorer.endswith(".jsonl"):
+            fail("remedies.py", 2, "dynamic asks for other problems than a pool was made for: give a model")
+    main(argv, loop=LOOPS[name], recipe=name)

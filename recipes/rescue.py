@@ -24,7 +24,9 @@ def rescue(args, run, explore):
     """train.train with other rollouts."""
     own = writer(args, run, run.learner, args.temperature)
     for turn in turns(args, run):
-        share = explorer_share(turn.step, args.mix_steps, args.schedule, args.explorer_share) if explore else 0
+        share = 0.0
+        if explore:
+            share = explorer_share(turn.step, args.mix_steps, args.schedule, args.explorer_share)
         n_rest = min(split_group(share, args.group_size)[0], args.group_size - 1)  # of nothing, nothing fails
         random = turn.random(LEARNER)  # one stream: the rest goes on where the first part left it
         rollouts = own(turn.prompts, args.group_size - n_rest, random)             # [P, n_first]
@@ -35,7 +37,7 @@ def rescue(args, run, explore):
                 if chosen := which.nonzero().flatten().tolist():
                     parts.append(write([turn.prompts[i] for i in chosen], n_rest, stream))
                     order += chosen
-            rest = join(*parts, dim=0)[torch.tensor(order).argsort()]              # [P, n_rest], as the prompts
+            rest = join(*parts, dim=0)[torch.tensor(order).argsort()]              # [P, n_rest], in order
             rollouts = join(rollouts, rest)                                        # [P, G]
         share = rollouts.from_explorer.float().mean().item()
         keep_books(args, run, turn, {"share": share}, rollouts, *learn(run, turn, rollouts))

@@ -19,7 +19,9 @@ def separate(args, run, explore):
     """train.train with two updates a step."""
     own = writer(args, run, run.learner, args.temperature)
     for turn in turns(args, run):
-        share = explorer_share(turn.step, args.mix_steps, args.schedule, args.explorer_share) if explore else 0
+        share = 0.0
+        if explore:
+            share = explorer_share(turn.step, args.mix_steps, args.schedule, args.explorer_share)
         n_explorer, n_learner = split_group(share, args.group_size)
         parts, found = [], []
         for write, n, purpose in ((explore, n_explorer, EXPLORER), (own, n_learner, LEARNER)):
