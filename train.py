@@ -75,7 +75,7 @@ def learn(run, turn, rollouts, objective=None, advantages=advantages_of):
     turn.lap("scoring")
 
     # 5. theta <- GRPO update
-    run.busy = True  # a signal waits from here until keep_books has entered the step
+    run.busy = True  # a signal waits from here until keep_books has entered the step, and saved it if due
     metrics, tokens = update(run.learner, run.reference, run.optimizer, turn.prompts, rollouts,
                              A.to(rollouts.ids.device), objective, turn.random(MINIBATCH))
     turn.lap("training")
@@ -242,7 +242,8 @@ class Run:
     write: object = None  # the learner's writer in evaluations
     history: list = field(default_factory=list)  # metrics of each step; step 0 is the base models' evaluation
     log: object = lambda line: None  # of --log
-    busy: bool = False   # within an update: the weights are those of no step
+    saved: int = 0       # the last step in a checkpoint
+    busy: bool = False   # within an update, or saving: a signal has to wait
     stopped: int = 0     # the signal that came
 
 
@@ -352,11 +353,11 @@ def main(argv=None, loop=train, open_explorer=open_explorer, recipe=None):
         try:
             open_books(args, run, explore)
             loop(args, run, explore)
-            finish(args, run)
+            run.busy = True  # nothing is left but to save
         except KeyboardInterrupt:  # `listen` lets only the first signal come here
-            if last_step(run):
+            if last_step(run) > run.saved:
                 save_checkpoint(run, Path(args.out))
-            finish(args, run)
+        finish(args, run)
     sys.exit(128 + run.stopped if run.stopped else 0)
 
 

@@ -1,5 +1,5 @@
 """What the benchmarks share: interleaved timing, peak memory, models of random weights with their
-transformers twin.
+transformers twin. They import it before torch and before the project's own files, which it makes importable.
 """
 import ctypes
 import os
@@ -9,10 +9,15 @@ import sys
 import time
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # a benchmark is run as a file: its own folder is all that Python would search
+
+import plumbing  # before torch, which reads a variable that it sets
+
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import model as models  # noqa: E402
+from model import Config, Transformer
+from plumbing.checkpoint import hf_weights
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMOLLM2 = dict(model_type="llama", vocab_size=49_152, hidden_size=576, intermediate_size=1_536,
@@ -37,7 +42,7 @@ def full(config):
 
 
 def config_of(config):
-    return models.Config.from_hf(full(config))
+    return Config.from_hf(full(config))
 
 
 def pair(config, dtype=torch.float32):
@@ -45,10 +50,10 @@ def pair(config, dtype=torch.float32):
     from transformers import AutoConfig, AutoModelForCausalLM
     torch.manual_seed(0)
     theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**full(config))).to(DEVICE, dtype).eval()
-    ours = models.Transformer(config_of(config)).to(DEVICE, dtype)
+    ours = Transformer(config_of(config)).to(DEVICE, dtype)
     weights = theirs.state_dict()
     with torch.no_grad():
-        for name, weight in models.hf_weights(ours).items():
+        for name, weight in hf_weights(ours).items():
             weight.copy_(weights[name])
     return ours, theirs
 
@@ -92,8 +97,9 @@ def peak_memory(function):
 
 def laptop_family():
     """Directory of the two models that `python train.py` makes the first time."""
-    from recipes.family import make_family
-    family = Path(__file__).resolve().parent.parent / "runs" / "family-habit"
+    from plumbing.family import make_family
+    from train import family_of
+    family = family_of("habit")
     if not family.exists():
         make_family(family)
     return family

@@ -14,10 +14,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
-from common import TINY, config_of, interleaved, laptop_family, machine, report, target
+from common import ROOT, TINY, Transformer, config_of, interleaved, laptop_family, machine, report, target
 
-import model as models
+import torch
+
 from anneal import explorer_share, split_group
 from sample import sample
 
@@ -32,19 +32,17 @@ PAPER = pair((256, 6), (128, 5))  # an explorer of about a fifth of the learner,
 def flops(config, P, T, rows):
     """Two per weight and token, for P prompts (once each) and all but a row's last of T tokens. Without
     attention."""
-    weights = sum(p.numel() for p in models.Transformer(config_of(config)).parameters())
+    weights = sum(p.numel() for p in Transformer(config_of(config)).parameters())
     return 2 * weights * (P * L + rows * (T - 1))
 
 
 def run(label, learner, explorer, P, T):
     torch.manual_seed(0)
-    both = [models.Transformer(config_of(config)) for config in (learner, explorer)]
-    for model in both:
-        model.stop_ids = ()
+    both = [Transformer(config_of(config)) for config in (learner, explorer)]
     prompts = torch.randint(0, learner["vocab_size"], (P, L)).tolist()
     split = [split_group(explorer_share(step, STEPS // 2), G) for step in range(1, STEPS + 1)]
     # Every different split is timed once a round, and counted as often as the schedule has it.
-    times = {n: (lambda n=n: [sample(model, prompts, k, torch.Generator().manual_seed(0), T)
+    times = {n: (lambda n=n: [sample(model, prompts, k, torch.Generator().manual_seed(0), T, stops=())
                               for model, k in zip(both, (G - n, n)) if k]) for n in range(G + 1)}
     seconds = interleaved(times, 5)
     mixed, alone = sum(seconds[n] for n, _ in split), STEPS * seconds[0]
@@ -69,8 +67,7 @@ def laptop_steps():
                 more = ["--explorer", "none"] if name == "none" else []
                 command = [sys.executable, "train.py", "--out", f"{out}/run", "--eval-problems", "1",
                            "--eval-n", "2", "--eval-every", "0", "--save-every", "0", *more]
-                root = Path(__file__).resolve().parent.parent
-                subprocess.run(command, check=True, capture_output=True, cwd=root)
+                subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
                 steps = map(json.loads, Path(out, "run", "metrics.jsonl").read_text().splitlines()[1:])
                 runs.append(sum(step[f"seconds_{what}"] for step in steps
                                 for what in ("sampling", "scoring", "training")))

@@ -6,12 +6,13 @@ A step is sampling and one update of a model of random weights: 8 prompts x 8 ro
 of which is varied at a time. "row by row" is the same update with a prompt of its own for every row, as other
 trainers run it. The slope is that of log cost over log size: 1 where cost is proportional.
 """
+from common import TINY, Transformer, config_of, interleaved, machine, peak_memory, report, target
+
 import numpy as np
 import torch
-from common import TINY, config_of, interleaved, machine, peak_memory, report, target
 
-import model as models
-from grpo import Optimizer, update
+from grpo import Objective, update
+from plumbing.optimizer import Optimizer
 from sample import Rollouts, sample
 
 BASE = dict(prompts=8, group=8, prompt=64, response=64, width=128, vocabulary=512)
@@ -26,18 +27,17 @@ VARIED = {  # name: the settings that vary, and the size that the slope is taken
 def phases(prompts, group, prompt, response, width, vocabulary):
     """{"sampling", "update", "row by row"}: what is to be timed."""
     torch.manual_seed(0)
-    model = models.Transformer(config_of(dict(TINY, hidden_size=width, intermediate_size=3 * width,
-                                              head_dim=width // 4, vocab_size=vocabulary)))
+    model = Transformer(config_of(dict(TINY, hidden_size=width, intermediate_size=3 * width,
+                                       head_dim=width // 4, vocab_size=vocabulary)))
     for weights in model.parameters():
         if weights.dim() > 1:
             torch.nn.init.normal_(weights, std=0.02)
-    model.stop_ids = ()
     ids, random = torch.randint(vocabulary, (prompts, prompt)).tolist(), torch.Generator()
-    write = lambda: sample(model, ids, group, random.manual_seed(0), response)
+    write = lambda: sample(model, ids, group, random.manual_seed(0), response, stops=())
     rollouts, advantages = write(), torch.randn(prompts, group)
     rows = Rollouts(*(x.flatten(0, 1)[:, None] for x in vars(rollouts).values()))  # each its own group
-    optimizer = Optimizer(model, lr=1e-6)
-    learn = lambda *inputs: update(model, None, optimizer, *inputs, random, micro_batch_tokens=16_384)
+    optimizer, objective = Optimizer(model, lr=1e-6), Objective(micro_batch_tokens=16_384)
+    learn = lambda *inputs: update(model, None, optimizer, *inputs, objective, random)
     return {"sampling": write, "update": lambda: learn(ids, rollouts, advantages),
             "row by row": lambda: learn([ids[i // group] for i in range(prompts * group)], rows,
                                         advantages.reshape(-1, 1))}

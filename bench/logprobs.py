@@ -5,12 +5,13 @@
 Hidden size and vocabulary are SmolLM2-135M's (on a GPU: H = 1,024, V = 151,936). TRL's kernel takes part
 where TRL is installed: pip install trl.
 """
-import torch
-import torch.nn.functional as F
 from common import DEVICE, interleaved, machine, peak_memory, report, target
 
-import model as models
+import torch
+import torch.nn.functional as F
+
 from grpo import policy_loss
+from model import fused_logprobs, naive_logprobs
 
 GPU = DEVICE == "cuda"
 T, H, V, DTYPE = (8_192, 1_024, 151_936, torch.bfloat16) if GPU else (1_024, 576, 49_152, torch.float32)
@@ -22,9 +23,9 @@ def linear_cross_entropy(h, w, targets):
     return -F.linear_cross_entropy(h, w, targets, reduction="none", options=options)
 
 
-KERNELS = {"fused, compiled": lambda h, w, t: models.fused_logprobs(h, w, t, compile=True)[0],
-           "fused, not compiled": lambda h, w, t: models.fused_logprobs(h, w, t)[0],
-           "naive": models.naive_logprobs}
+KERNELS = {"fused, compiled": lambda h, w, t: fused_logprobs(h, w, t, compile=True)[0],
+           "fused, not compiled": lambda h, w, t: fused_logprobs(h, w, t)[0],
+           "naive": naive_logprobs}
 if hasattr(F, "linear_cross_entropy"):
     KERNELS["F.linear_cross_entropy"] = linear_cross_entropy
 try:
@@ -59,7 +60,7 @@ def gemms(h, w, logits=1, gradients=False, chunk=None):
 
 
 def one_pass(h, w, targets, advantages, chunk=512):
-    """What train.py does not use: loss and gradients in one pass over chunks of tokens, three GEMMs, because
+    """What update does not use: loss and gradients in one pass over chunks of tokens, three GEMMs, because
     d loss / d log-prob is known as soon as a token's log-prob is (not for gspo, whose ratio is the row's)."""
     d_h, d_w = torch.empty_like(h), torch.zeros_like(w)
     for i in range(0, T, chunk):

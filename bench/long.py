@@ -8,13 +8,12 @@ shows as a trend.
 import argparse
 import json
 import statistics
-import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import train
 from common import laptop_family, report, target
+
+import train
 
 
 def main():

@@ -14,12 +14,14 @@ import sys
 import tempfile
 from pathlib import Path
 
+from common import Config, Transformer
+
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
-from grpo import Optimizer, update
-from model import Config, Transformer, add_lora
+from grpo import update
+from model import add_lora
+from plumbing.optimizer import Optimizer
 from recipes.plan import plan
 from sample import sample
 
@@ -64,10 +66,10 @@ def step(args, model, reference):
     rollouts = None
     for _ in range(2):
         peak()
-        rollouts = sample(model, prompts, args.group_size, random, args.max_new_tokens)
+        rollouts = sample(model, prompts, args.group_size, random, args.max_new_tokens, stops=())
         sampling = peak()
-        update(model, reference, optimizer, prompts, rollouts, torch.randn(rollouts.lengths.shape), random,
-               **train.update_settings(args))
+        update(model, reference, optimizer, prompts, rollouts, torch.randn(rollouts.lengths.shape),
+               train.objective_of(args), random)
         updating = peak()
     return sampling, updating
 
@@ -78,8 +80,7 @@ def flags(learner, more):
     own, rest = parser.parse_known_args(more)
     args = train.parse_flags([
         "--learner", learner, "--data", "any", "--explorer", "none", "--prompts-per-step", "4",
-        "--group-size", "8", "--max-new-tokens", "64", "--minibatches", "1", "--micro-batch-tokens", "2048",
-        *rest])
+        "--group-size", "8", "--max-new-tokens", "64", "--micro-batch-tokens", "2048", *rest])
     return argparse.Namespace(**vars(args), **vars(own))
 
 

@@ -8,8 +8,9 @@ unmeasured first round.
 """
 from unittest import mock
 
-import torch
 from common import DEVICE, QWEN3_06B, SMOLLM2, TINY, interleaved, machine, pair, report, target
+
+import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from sample import KVCache, sample
@@ -18,8 +19,8 @@ L = T = 64
 
 
 def ours(model, prompts, n, stop=False, new=T, compile=False, **settings):
-    model.stop_ids, model.compiled = (0,) if stop else (), compile
-    return sample(model, prompts.tolist(), n, torch.Generator().manual_seed(0), new, **settings)
+    model.compiled, stops = compile, (0,) if stop else ()
+    return sample(model, prompts.tolist(), n, torch.Generator().manual_seed(0), new, stops, **settings)
 
 
 def theirs(model, prompts, n, processor=None, new=T):

@@ -12,9 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import laptop_family, machine, report, target
-
-ROOT = Path(__file__).resolve().parent.parent
+from common import ROOT, laptop_family, machine, report, target
 
 
 def seconds_to_first_step():

@@ -13,11 +13,12 @@ import sys
 import tempfile
 import time
 
-import torch
-from common import DEVICE, TINY, config_of, machine, pair, report, target
+from common import DEVICE, TINY, Transformer, config_of, machine, pair, report, target
 
-import model as models
-from grpo import Optimizer, group_advantages, update
+import torch
+
+from grpo import Objective, group_advantages, update
+from plumbing.optimizer import Optimizer
 from sample import sample
 
 PROMPTS, GROUP, TOKENS, STEPS = 8, 8, 64, 8
@@ -35,17 +36,16 @@ def prompt():
 class Ours:
     def __init__(self, model):
         self.model, self.optimizer = model, Optimizer(model, lr=1e-5)
-        model.stop_ids = ()
+        self.objective = Objective(micro_batch_tokens=16_384)
 
     def step(self):
         prompts = [prompt() for _ in range(PROMPTS)]
         generator = torch.Generator().manual_seed(random.randrange(2 ** 31))
-        rollouts = sample(self.model, prompts, GROUP, generator, TOKENS)
+        rollouts = sample(self.model, prompts, GROUP, generator, TOKENS, stops=())
         texts = [[" ".join(WORDS[i] for i in ids) for ids in group] for group in rollouts.ids.tolist()]
         rewards = [reward(group) for group in texts]
         advantages = group_advantages(torch.tensor(rewards, device=rollouts.ids.device))
-        update(self.model, None, self.optimizer, prompts, rollouts, advantages, generator,
-               micro_batch_tokens=16_384)
+        update(self.model, None, self.optimizer, prompts, rollouts, advantages, self.objective, generator)
 
 
 def trl_trainer(model, out, steps, callbacks=()):
@@ -101,7 +101,7 @@ def alone(side, out):
         from trl import GRPOTrainer  # noqa: F401
     imports = memory("VmRSS")
     if side == "ours":
-        ours = Ours(models.Transformer(config_of(TINY)))
+        ours = Ours(Transformer(config_of(TINY)))
         for _ in range(3):
             ours.step()
     else:

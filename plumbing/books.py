@@ -20,13 +20,15 @@ from plumbing.survival import EVALUATION, generator, last_step, save_checkpoint,
 def keep_books(args, run, turn, line, rollouts, scores, advantages, metrics, tokens):
     """After an update. `line`: what the loop has to say of the step, its share at least; metrics and tokens
     are update's, and tokens may be None. FloatingPointError if no update was finite in five steps."""
-    settle(run, {"step": turn.step} | line | metrics | measure(rollouts, scores, turn.seconds))
-    line, last = run.history[-1], turn.step == args.steps
+    line = {"step": turn.step} | line | metrics | measure(rollouts, scores, turn.seconds)
+    run.history.append(line)
+    last = turn.step == args.steps
     if len(run.history) >= 5 and all(past.get("skipped_updates") for past in run.history[-5:]):
         raise FloatingPointError(f"loss or gradient not finite in five steps, up to {turn.step}: "
                                  "try a lower --lr")
     if last or due(turn.step, args.save_every) and not line["skipped_updates"]:
         save_checkpoint(run, Path(args.out))
+    settle(run)
     publish(args, run)
     warn(args, run, turn)
     if last or turn.step == 1 or due(turn.step, args.eval_every):

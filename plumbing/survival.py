@@ -4,9 +4,9 @@ Nothing random is saved. Random numbers depend on (seed, step, purpose) alone, a
 problems, so weights, AdamW's moments and the history of metrics are all that a checkpoint holds. On a CPU a
 resumed run equals an unbroken one to the last bit.
 
-SIGINT and SIGTERM end a run at once, whatever it is at, but for one thing: between the beginning of an update
-and its entry in the history (`run.busy`) the weights are those of no step, so the signal waits. Then a
-checkpoint is written.
+SIGINT and SIGTERM end a run at once, but for two things, for which they wait (`run.busy`). Between the
+beginning of an update and its entry in the history the weights are those of no step. And while a file is
+written, torch turns an interruption into an error of its own. Before it ends, the run saves its last step.
 """
 import contextlib
 import itertools
@@ -153,6 +153,7 @@ def save_checkpoint(run, out):
     optimizer = run.optimizer
     state = {"weights": optimizer.masters, "adamw": optimizer.adamw.state_dict(), "history": run.history}
     write_whole(out / f"checkpoint_{last_step(run):06d}.pt", lambda file: torch.save(state, file))
+    run.saved = last_step(run)
     for old in checkpoints(out)[2:]:
         old.unlink()
 
@@ -170,6 +171,7 @@ def restore(run, out):
             state = torch.load(path, map_location="cpu", weights_only=True)
             run.optimizer.restore(state["weights"], state["adamw"])
             run.history = state["history"]
+            run.saved = last_step(run)
             break
         print(f"warning: {path} is damaged ({damaged})", file=sys.stderr)
     if damaged:
@@ -180,21 +182,23 @@ def restore(run, out):
 # ---- signals, and errors in one line -----------------------------------------------------------------------
 
 def listen(run):
-    """Ctrl-C and SIGTERM raise KeyboardInterrupt; while the run is busy, `settle` does so as soon as the step
-    is done. A second signal leaves at once."""
+    """Ctrl-C and SIGTERM raise KeyboardInterrupt; while the run is busy, `settle` does so as soon as it no
+    longer is. A second signal leaves at once."""
+    numbers = signal.SIGINT, signal.SIGTERM
+
     def note(number, frame):
         run.stopped = number
-        signal.signal(number, signal.SIG_DFL)
+        for each in numbers:
+            signal.signal(each, signal.SIG_DFL)
         os.write(2, b"\nending this update, then saving; once more quits at once\n")
         if not run.busy:
             raise KeyboardInterrupt
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in numbers:
         signal.signal(number, note)
 
 
-def settle(run, line):
-    """Enters a step's metrics in the history. What began with run.busy = True is whole then."""
-    run.history.append(line)
+def settle(run):
+    """What began with run.busy = True is whole: a signal that came meanwhile is heeded now."""
     run.busy = False
     if run.stopped:
         raise KeyboardInterrupt

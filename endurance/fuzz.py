@@ -1,9 +1,9 @@
 """Hostile input: each string must get a verdict and each broken file one line that names it, quickly and
 without a crash.
 
-    python bench/fuzz.py strings --count 1000000    through the scorers: 4 to 5 minutes on 2 cores
-    python bench/fuzz.py files --count 20000        through the loaders: 3 to 4 minutes on 2 cores
-    python bench/fuzz.py golds --data math500.jsonl     real answers with one mistake put in: 10 seconds
+    python -m endurance.fuzz strings --count 1000000    through the scorers: 4 to 5 minutes on 2 cores
+    python -m endurance.fuzz files --count 20000        through the loaders: 3 to 4 minutes on 2 cores
+    python -m endurance.fuzz golds --data math500.jsonl     real answers with one mistake put in: 10 seconds
 
 Strings are random bytes, deeply nested or endlessly repeated LaTeX, numbers of thousands of digits, and real
 answers with pieces cut out, doubled and swapped, up to 20,000 characters (a response of 4,096 tokens is about
@@ -23,23 +23,20 @@ import multiprocessing
 import os
 import random
 import re
-import sys
 import tempfile
 import time
-import types
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import model as models
 import reward
 from plumbing import answers
-from recipes.family import make_family
-from recipes.pool import open_pool
-from sample import encode
+from plumbing.checkpoint import load
+from plumbing.family import make_family
+from plumbing.pool import open_pool
+from plumbing.text import encode
 
 try:
     import hypothesis
@@ -147,13 +144,13 @@ def damaged(rng, data, other):
 
 @functools.cache
 def good_files():
-    """({kind: {name: bytes}}, {name: bytes} of another checkpoint, a model, its tokeniser)."""
+    """({kind: {name: bytes}}, {name: bytes} of another checkpoint, model, tokeniser, stop tokens)."""
     with tempfile.TemporaryDirectory() as directory:
         out = Path(directory, "family")
         sizes = {"learner": (16, 2), "explorer": (24, 1)}
         make_family(out, "natural", sizes=sizes, corpus_size=640, epochs=4)
         whole, another = ({file.name: file.read_bytes() for file in (out / name).iterdir()} for name in sizes)
-        weights, pair = load_file(out / "learner" / "model.safetensors"), models.load(out / "learner")
+        weights, loaded = load_file(out / "learner" / "model.safetensors"), load(out / "learner")
         shard_of = {name: f"model-{i % 2}.safetensors" for i, name in enumerate(weights)}
         index = json.dumps({"metadata": {}, "weight_map": shard_of}).encode()
         shards = whole | {"model.safetensors.index.json": index}
@@ -164,14 +161,14 @@ def good_files():
         problems = b"".join((out / "train.jsonl").read_bytes().splitlines(keepends=True)[:20])
     rollout = b'{"prompt_ids": [%d, 2], "response_ids": [1, 3, 0], "small_model_log_probs": [-1, -2, -0.1]}\n'
     pool = {"a.jsonl": b"".join(rollout % i for i in range(9)),
-            "a.jsonl.settings.json": b'{"model": "x", "stop_ids": [0]}'}
+            "a.jsonl.settings.json": b'{"model": "x", "stops": [0]}'}
     kinds = {"problems": {"a.jsonl": problems}, "pool": pool, "checkpoint": whole, "shards": shards}
-    return kinds, another, *pair
+    return kinds, another, *loaded
 
 
 def use(kind, directory):
     """Loads what is there, files of this kind, and uses it."""
-    model, tokenizer = good_files()[2:]
+    model, tokenizer, stops = good_files()[2:]
     if kind == "problems":
         for problem in reward.load_problems(Path(directory, "a.jsonl")):
             encode(problem.prompt, tokenizer)
@@ -179,13 +176,12 @@ def use(kind, directory):
         args = argparse.Namespace(
             explorer=str(Path(directory, "a.jsonl")), data="a.jsonl", max_new_tokens=4, steps=1, mix_steps=1,
             schedule="step", explorer_share=1, group_size=1, prompts_per_step=1, seed=0)
-        problem, learner = reward.Problem("1+2=", "3"), types.SimpleNamespace(**vars(model))
-        learner.head, learner.stop_ids = model.head, (0,)
         for i in range(9):
-            run = argparse.Namespace(learner=learner, prompts=[[i, 2]], problems=[problem], hashes={})
+            run = argparse.Namespace(learner=model, stops=stops, prompts=[[i, 2]], hashes={},
+                                     problems=[reward.Problem("1+2=", "3")])
             assert open_pool(args, run)(run.prompts, 1, torch.Generator()).lengths.shape == (1, 1)
     else:
-        model, tokenizer = models.load(directory)
+        model, tokenizer, _ = load(directory)
         model(torch.zeros(1, 3, dtype=torch.long))
         tokenizer.decode(encode(reward.Problem("1+2=", "3").prompt, tokenizer))
 
