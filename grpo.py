@@ -77,14 +77,16 @@ def constant(mask, max_new_tokens):
 
 @dataclass
 class Loss:
-    """One of the losses, which differ in these three things alone."""
+    """One of the losses, which differ in these things alone."""
     weights: Callable        # of tokens: (mask [N, T] of a mini-batch, max_new_tokens) -> [N, T]
     over_std: bool = True    # whether advantages are divided by the group's standard deviation
     one_ratio: bool = False  # whether a row's tokens share one ratio, the geometric mean of theirs
+    cut_rows: bool = True    # whether responses that max_new_tokens cut short count, as wrong ones mostly
 
 
 LOSSES = {"grpo": Loss(per_row),                         # Shao et al., 2024
           "dapo": Loss(per_token),                       # Yu et al., 2025
+          "dapo_filter": Loss(per_token, cut_rows=False),  # with its overlong filtering
           "dr_grpo": Loss(constant, over_std=False),     # Liu et al., 2025
           "gspo": Loss(per_row, one_ratio=True)}         # Zheng et al., 2025, which clips at 3e-4 and 4e-4
 
@@ -217,11 +219,13 @@ def update(learner, reference, optimizer, prompts, rollouts, advantages, objecti
     ids, mask, sampler_logps, from_explorer, A = (x.flatten(0, 1) for x in (  # [P, G, ...] -> [N, ...]
         rollouts.ids, rollouts.mask, rollouts.logps, rollouts.from_explorer, advantages))
     device, loss = ids.device, LOSSES[objective.loss]
+    mask = mask if loss.cut_rows else mask & rollouts.finished.flatten()[:, None]
     groups = torch.arange(P, device=device).repeat_interleave(G)  # [N] the prompt of each row
     sizes = groups.tolist(), [len(prompts[row // G]) for row in range(P * G)], mask.sum(1).tolist()
     # Without a KL, A = 0 is a gradient of 0. A model that has become NaN earns equal rewards too, but its
     # rows run: their loss is NaN, which is counted.
-    teaches = (bool(reference) | (A != 0) | sampler_logps.sum(1).isnan()).tolist()
+    broken = sampler_logps.sum(1).isnan() & ~from_explorer
+    teaches = ((bool(reference) | (A != 0) | broken) & mask.any(1)).tolist()
 
     def logprobs(model, rows):
         return response_logprobs(model, prompts, groups[rows], ids[rows], mask[rows], objective.temperature)

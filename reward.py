@@ -26,11 +26,13 @@ class Problem:
     answer: str
     task: str = "math"  # one of TASKS
     extra: dict = field(default_factory=dict, compare=False)  # the rest of its record
+    exact: bool = False  # whether the question is a whole prompt, for a base model say, to be given as it is
 
     @property
     def in_words(self):
-        """Whether it is text for a chat model. The synthetic tasks' questions are whole prompts."""
-        return not TASKS[self.task].pattern
+        """Whether it is asked in words: with the task's instruction, and through a chat template where there is
+        one. The synthetic tasks' questions are whole prompts."""
+        return not (self.exact or TASKS[self.task].pattern)
 
     @property
     def prompt(self):
@@ -72,16 +74,21 @@ def check_natural(problem, text):
     return answer and natural_is_legal(problem.question, text), answer
 
 
+def said(problem, text):
+    """A response, behind the last line of a prompt that is given exactly: it may end with `Answer:`."""
+    return problem.question.rpartition("\n")[2] + text if problem.exact else text
+
+
 def check_choice(problem, text):
     """Right are `B`, `Option B` and `(B) bank`, but not `B or C`."""
-    final = tidy((extract_answer(text) or "")[:1_000])[1]
+    final = tidy((extract_answer(said(problem, text)) or "")[:1_000])[1]
     found = re.fullmatch(r"(?:[Oo]ption)?\(?([A-Z])(?:[).:](?!\W*(?:or\W*)?[A-Z](?![A-Za-z])).*)?", final)
     right = bool(found) and found[1] == problem.answer
     return right, right
 
 
 def check_words(problem, text):
-    right = answers_equal(extract_answer(text), problem.answer)
+    right = answers_equal(extract_answer(said(problem, text)), problem.answer)
     return right, right
 
 
@@ -105,7 +112,8 @@ TASKS = {
 # ---- problems from files -----------------------------------------------------------------------------------
 
 def load_problems(path):
-    """[Problem], each once, from JSONL with `question`, `answer` and, optionally, `task` and anything else.
+    """[Problem], each once, from JSONL with `answer`, `question` (which is asked) or `prompt` (which is given as
+    it is), and, optionally, `task` and anything else.
     ValueError names the file and line of a record that cannot be used; OSError if the file cannot be read."""
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file; recipes/data.py writes problems from published data sets")
@@ -145,21 +153,24 @@ def can_be_matched(problem):
 
 def as_problem(record):
     """Problem of a JSON record. ValueError says what is wrong with it."""
-    if not isinstance(record, dict) or not {"question", "answer"} <= record.keys():
+    exact = isinstance(record, dict) and "question" not in record
+    asked = "prompt" if exact else "question"
+    if not isinstance(record, dict) or not {asked, "answer"} <= record.keys():
         found = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-        raise ValueError(f"needs `question` and `answer`, found {found}: recipes/data.py converts data sets")
+        raise ValueError(f"needs `question` or `prompt`, and `answer`, found {found}: recipes/data.py converts "
+                         "data sets")
     extra = dict(record)
-    question, answer, task = extra.pop("question"), extra.pop("answer"), extra.pop("task", "math")
+    question, answer, task = extra.pop(asked), extra.pop("answer"), extra.pop("task", "math")
     answer = "" if answer is None else answer
     if type(question) is not str or type(answer) not in (str, int, float) or answer != answer:
-        raise ValueError("`question` must be text and `answer` text or a number")
+        raise ValueError(f"`{asked}` must be text and `answer` text or a number")
     f"{question}{answer}".encode()  # ValueError: half of a surrogate pair, which no tokeniser takes
     if task not in [*TASKS] or (pattern := TASKS[task].pattern) and not re.fullmatch(pattern, question):
         raise ValueError(f"{question[:40]!r} is no question of a task {task!r} ({', '.join(TASKS)})")
     answer = after_thought(str(answer)).rpartition("####")[2].strip()  # GSM8K's answers end so
     if answer.count("\\boxed") == 1:  # several boxes may hold a part of the answer each
         answer = (last_boxed(answer) or "").strip()
-    return Problem(question, answer, task, extra)
+    return Problem(question, answer, task, extra, exact)
 
 
 def save_problems(problems, path):
@@ -167,7 +178,8 @@ def save_problems(problems, path):
     beside = f"{path}.partial"
     with open(beside, "w", encoding="utf-8") as file:
         for p in problems:
-            record = {"question": p.question, "answer": p.answer, "task": p.task} | p.extra
+            record = {"prompt" if p.exact else "question": p.question, "answer": p.answer, "task": p.task}
+            record |= p.extra
             file.write(json.dumps(record) + "\n")
         file.flush()
         os.fsync(file.fileno())  # else a power cut may leave the name of an empty file

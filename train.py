@@ -34,7 +34,7 @@ from plumbing.optimizer import Optimizer
 from plumbing.pool import open_pool
 from plumbing.survival import (ADAPTER, EXPLORER, LEARNER, MINIBATCH, check_place, claim, generator, last_step,
                                listen, one_line, pick_device, save_checkpoint, settings_of, turns)
-from plumbing.text import decode, encode_all
+from plumbing.text import decode, encode_all, stop_texts
 from reward import SYNTHETIC, load_problems, score, scorer_hash
 from sample import check_lengths, join, sample, signed
 
@@ -87,7 +87,7 @@ def writer(args, run, model, temperature=1.0, top_p=1.0):
     of either: else a base learner would learn to write an instruct explorer's, and would not stop there."""
     def write(prompts, n, generator):
         return sample(model, prompts, n, generator, args.max_new_tokens, run.stops, temperature, top_p=top_p,
-                      rows=args.rollout_rows)
+                      rows=args.rollout_rows, until=run.until)
     return write
 
 
@@ -132,6 +132,7 @@ def parse_flags(argv=None):
     add("--prompts-per-step", **number(16, 1, 1e6), help="P (16)")
     add("--group-size", **number(16, 2, 1e6), help="G, rollouts per prompt (16)")
     add("--max-new-tokens", **number(None, 1, 1e6), help="longest response (16; with --learner 512)")
+    add("--stop", nargs="+", default=[], help="texts that end a response too; \\n is a new line (none)")
     add("--temperature", **number(1.0, 1e-3, 100), help="the learner's, also in its log-probs (1)")
     add("--explorer-temperature", **number(1.0, 1e-3, 100), help="the paper's is 0.7 (1)")
     add("--explorer-top-p", **number(1.0, 1e-3, 1), help="the paper's is 0.95 (1)")
@@ -239,6 +240,7 @@ class Run:
     eval_problems: list  # [Problem], held out
     eval_prompts: list
     hashes: dict         # of what decides the run: a resumed one must find the same
+    until: object        # where a response ends besides, by --stop
     write: object = None  # the learner's writer in evaluations
     history: list = field(default_factory=list)  # metrics of each step; step 0 is the base models' evaluation
     log: object = lambda line: None  # of --log
@@ -283,7 +285,7 @@ def load_run(args, open_explorer):
     if args.lora_rank:
         add_lora(learner, args.lora_rank, generator(args.seed, 0, ADAPTER))
     run = Run(learner, tokenizer, stops, reference, Optimizer(learner, args.lr), objective_of(args), problems,
-              prompts, eval_problems, eval_prompts, hashes)
+              prompts, eval_problems, eval_prompts, hashes, stop_texts(args.stop, tokenizer))
     run.write = writer(args, run, learner)
     explore = signed(open_explorer(args, run)) if args.explorer != "none" else None
     claim(args, run)
@@ -328,12 +330,23 @@ def open_explorer(args, run):
     if different := sorted({token for token, _ in a.items() ^ b.items()}):
         raise ValueError(f"the tokenisers of learner and explorer differ in {len(different)} tokens, such as "
                          f"{different[0]!r}: recipes/retokenize.py trains on texts, not on ids")
-    for prompts in (run.prompts, run.eval_prompts):
-        check_lengths(explorer, prompts, args.max_new_tokens)
     run.hashes["explorer"] = fingerprint(explorer.requires_grad_(False), tokenizer, stops)
     run.stops = tuple(sorted({*run.stops, *stops}))
     explorer.compiled = run.learner.compiled
-    return writer(args, run, explorer, args.explorer_temperature, args.explorer_top_p)
+    write = writer(args, run, explorer, args.explorer_temperature, args.explorer_top_p)
+    return in_its_own_words(args, run, explorer, tokenizer, write)
+
+
+def in_its_own_words(args, run, explorer, tokenizer, write):
+    """The explorer's writer, asked as its own chat template asks, which may be another than the learner's."""
+    prompts = run.prompts + run.eval_prompts
+    own = encode_all(run.problems + run.eval_problems, tokenizer, args.thinking)
+    check_lengths(explorer, own, args.max_new_tokens)
+    if own == prompts:
+        return write
+    print(f"explorer  is asked in its own way: {tokenizer.decode(own[0])!r}")
+    own_of = dict(zip(map(tuple, prompts), own))
+    return lambda prompts, n, generator: write([own_of[tuple(p)] for p in prompts], n, generator)
 
 
 # ---- from start to end -------------------------------------------------------------------------------------

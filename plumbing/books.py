@@ -5,6 +5,7 @@ looked at (the page, the picture, the --log) may fail with a warning, and never 
 """
 import contextlib
 import json
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -113,6 +114,7 @@ def publish(args, run):
     step, looked_at = line["step"], line["step"] == args.steps or due(line["step"], args.eval_every)
     if run.eval_problems and looked_at and "eval_curve" not in line:
         line |= evaluate_run(args, run, run.write)
+        keep_best(run, out)
     with open(out / "metrics.jsonl", "a") as file:
         file.write(as_json(line))
     with only_to_look_at(f"--log {args.log} failed"):
@@ -122,6 +124,16 @@ def publish(args, run):
         if looked_at or step == 1:
             with only_to_look_at("no picture"):
                 pictures.draw(out, run.history, crossing(run.history[0]))
+
+
+def keep_best(run, out):
+    """If the step that was just evaluated is the best so far, and was saved, its checkpoint is best.pt too."""
+    newest = out / f"checkpoint_{last_step(run):06d}.pt"
+    at_1 = [line["eval_strict_pass@1"] for line in run.history if "eval_curve" in line]
+    if newest.exists() and at_1[-1] == max(at_1):
+        with only_to_look_at("best.pt is not kept"):
+            (out / "best.pt").unlink(missing_ok=True)
+            os.link(newest, out / "best.pt")  # a second name: it takes no room and no time
 
 
 def as_json(line):

@@ -24,6 +24,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from model import add_lora
+from plumbing.checkpoint import load
+
 LEARNER, EXPLORER, MINIBATCH, EVALUATION, ADAPTER = range(5)  # what a random stream is for
 FREE = {"resume", "out", "log", "steps", "device", "compile", "eval_every", "save_every", "rollout_rows",
         "micro_batch_tokens", "checkpoint_layers", "id"}  # settings that a resumed run may change
@@ -126,6 +129,7 @@ def new_directory():
 def claim(args, run):
     """Makes args.out this run's, or takes up the run in it. ValueError if that was another experiment."""
     settings = vars(args) | {f"hash_of_{name}": value for name, value in run.hashes.items()}
+    settings["stops"] = list(run.stops)
     if before := settings_of(args.out):
         if changed := [f"{name} {before.get(name)} -> {settings[name]}"
                        for name in sorted(settings.keys() - FREE - KNOWN_BY_HASH)
@@ -177,6 +181,25 @@ def restore(run, out):
     if damaged:
         raise ValueError(f"no checkpoint in {out} can be read: remove that directory to begin anew")
     print(f"resumed   after step {last_step(run)}")
+
+
+def load_any(source, device="cpu", dtype=torch.float32):
+    """(model, tokenizer, stops) of a checkpoint, as `load`; of a run's directory, as its newest checkpoint left
+    the learner; or of one of its checkpoints, runs/x/checkpoint_000020.pt."""
+    path = Path(source)
+    out = path.parent if path.suffix == ".pt" else path
+    if "learner" not in (settings := settings_of(out)):
+        return load(source, device, dtype)
+    if not (files := [path] if path.is_file() else checkpoints(out)):
+        raise ValueError(f"{source}: the run has no such checkpoint")
+    model, tokenizer, _ = load(settings["learner"], device, dtype)
+    if settings["lora_rank"]:
+        add_lora(model, settings["lora_rank"], torch.Generator())
+    saved = torch.load(files[0], map_location="cpu", weights_only=True)["weights"]
+    with torch.no_grad():
+        for weight, master in zip((w for w in model.parameters() if w.requires_grad), saved, strict=True):
+            weight.copy_(master)
+    return model, tokenizer, tuple(settings["stops"])
 
 
 # ---- signals, and errors in one line -----------------------------------------------------------------------
