@@ -26,9 +26,12 @@ from tqdm import tqdm
 from plumbing.answers import after_thought
 from plumbing.checkpoint import fingerprint
 from plumbing.pictures import new_figure, plot_curves
-from plumbing.survival import load_any, one_line, pick_device, whole_lines
+from plumbing.files import whole_lines
+from plumbing.survival import load_any
+from plumbing.terminal import one_line, pick_device
 from plumbing.text import decode, encode_all, stop_texts
-from reward import Score, load_problems, score, scorer_hash
+from plumbing.problems import load_problems
+from reward import Score, score, scorer_hash
 from sample import check_lengths, sample
 
 

@@ -266,7 +266,8 @@ def sample(model, prompts, n, generator, max_new_tokens, stops, temperature=1.0,
 
 
 def main():
-    from plumbing.survival import load_any, one_line, pick_device
+    from plumbing.survival import load_any
+    from plumbing.terminal import one_line, pick_device
     parser = argparse.ArgumentParser(description="Print rollouts of one prompt.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument

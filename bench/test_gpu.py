@@ -72,7 +72,7 @@ def family(tmp_path_factory):
     sizes = {"explorer": (16, 1), "learner": (24, 2)}
     families.make_family(out, "natural", sizes=sizes, corpus_size=256, epochs=1)
     for name in ("train", "heldout"):
-        reward.save_problems(reward.load_problems(out / f"{name}.jsonl")[:8], out / f"{name}.jsonl")
+        problems.save_problems(problems.load_problems(out / f"{name}.jsonl")[:8], out / f"{name}.jsonl")
     return out
 
 

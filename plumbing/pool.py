@@ -14,7 +14,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from anneal import explorer_share, split_group
-from plumbing.survival import batch_of
+from plumbing.steps import batch_of
 from plumbing.text import cut
 from sample import Rollouts
 

@@ -43,6 +43,7 @@ from plumbing import pictures
 from plumbing.books import open_books
 from plumbing.checkpoint import load
 from plumbing.pictures import new_figure, plot_curves
+from plumbing.problems import load_problems
 from recipes.explorers import open_fleet, thinned
 from recipes.measured import measured
 from recipes.pairs import FIRST_PAIR, LADDER, RUNS, directory, make_member, measure, qualified
@@ -367,7 +368,7 @@ def compute(name, args):
             base = directory(task, pair)
             size = {who: sum(p.numel() for p in load(base / who)[0].parameters())
                     for who in ("explorer", "learner")}
-            prompt = 8 * len(reward.load_problems(base / "train.jsonl")[0].question)  # a step's
+            prompt = 8 * len(load_problems(base / "train.jsonl")[0].question)  # a step's
             lines = path_of(task, pair, arm, rates(task, arm)[0], seed).read_text().splitlines()
             steps = [line for line in map(json.loads, lines) if line["step"]]
             flops = sum(2 * size[who] * (line[f"rollouts_{who}"] * line[f"length_{who}"] + prompt)

@@ -10,7 +10,7 @@ import sys
 
 from anneal import split_group
 from plumbing.books import keep_books
-from plumbing.survival import EXPLORER, LEARNER, turns
+from plumbing.steps import EXPLORER, LEARNER, steps
 from sample import join
 from train import learn, main, writer
 
@@ -18,14 +18,15 @@ from train import learn, main, writer
 def measured(args, run, explore):
     """train.train with another share. The learner writes at least one rollout of each group: else nobody can
     say what it would have solved."""
-    own = writer(args, run, run.learner, args.temperature)
-    for turn in turns(args, run):
+    write = writer(args, run, run.learner, args.temperature)
+    for step in steps(args, run):
         share = measured_share(run.history) if explore else 0.0
         n_explorer = min(split_group(share, args.group_size)[0], args.group_size - 1)
-        parts = [explore(turn.prompts, n_explorer, turn.random(EXPLORER))] if n_explorer else []
-        parts.append(own(turn.prompts, args.group_size - n_explorer, turn.random(LEARNER)))
+        parts = [explore(step.prompts, n_explorer, step.random(EXPLORER))] if n_explorer else []
+        parts.append(write(step.prompts, args.group_size - n_explorer, step.random(LEARNER)))
         rollouts = join(*parts)
-        keep_books(args, run, turn, {"share": share}, rollouts, *learn(run, turn, rollouts))
+        learn(run, step, rollouts)
+        keep_books(args, run, step, share=share)
 
 
 def measured_share(history, decay=0.8, least=0.1):

@@ -16,7 +16,7 @@ from plumbing.family import CORPUS, make_corpus, make_family, pretrain
 from plumbing.tasks import OPERATIONS, habit_solution
 from plumbing.text import encode_all
 from recipes.explorers import thinned
-from reward import load_problems
+from plumbing.problems import load_problems
 from sample import sample
 
 RUNS = Path("runs/claims")

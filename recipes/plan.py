@@ -21,7 +21,7 @@ import train
 from anneal import explorer_share, split_group
 from model import Config, Transformer, add_lora, read_prompts
 from plumbing.optimizer import micro_batches
-from plumbing.survival import one_line
+from plumbing.terminal import one_line
 from sample import KVCache
 
 

@@ -17,9 +17,11 @@ import torch
 from tqdm import tqdm
 
 from plumbing.checkpoint import fingerprint, load
-from plumbing.survival import one_line, pick_device, write_whole
+from plumbing.files import write_whole
+from plumbing.terminal import one_line, pick_device
 from plumbing.text import decode, encode_all, stop_texts
-from reward import load_problems, score
+from plumbing.problems import load_problems
+from reward import score
 from sample import check_lengths, sample
 
 AT_ONCE = 16  # problems: their rollouts are written whole or not at all, from random numbers of their own

@@ -21,9 +21,11 @@ import re
 from pathlib import Path
 
 from plumbing.checkpoint import directory_of
-from plumbing.survival import one_line, write_whole
+from plumbing.files import write_whole
+from plumbing.terminal import one_line
 from plumbing.text import encode_all, turn_ends
-from reward import as_problem, load_problems, score
+from plumbing.problems import as_problem, load_problems
+from reward import score
 
 
 def responses_of(record, numbers):

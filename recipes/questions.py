@@ -9,8 +9,9 @@ import argparse
 import random
 from pathlib import Path
 
-from plumbing.survival import one_line
-from reward import Problem, save_problems
+from plumbing.terminal import one_line
+from plumbing.problems import save_problems
+from reward import Problem
 
 WORDS = "apple river stone cloud tiger lamp paper garden silver winter bread music candle forest mirror".split()
 EXAMPLES = """Question: Which is the largest of 41, 35 and 88?

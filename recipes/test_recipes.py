@@ -145,7 +145,7 @@ def test_a_broken_record_is_named_when_it_is_drawn(ids, logps, complaint, stock)
 def test_a_pool_is_the_same_whether_or_not_its_writer_was_killed(family, tmp_path, monkeypatch, capsys):
     sums = [(f"{a}+{b}=", str((a + b) % 10)) for a in range(10) for b in range(4)]
     problems = [reward.Problem(*x, "natural") for x in sums]  # 40: two whole batches and a short one
-    reward.save_problems(problems, tmp_path / "sums.jsonl")
+    problems.save_problems(problems, tmp_path / "sums.jsonl")
     out, note, seeds = tmp_path / "pool.jsonl", tmp_path / "pool.jsonl.settings.json", []
     monkeypatch.setattr(pool, "sample", lambda model, prompts, n, generator, *more, **settings: seeds.append(
         generator.initial_seed()) or sampling.sample(model, prompts, n, generator, *more, **settings))
@@ -204,9 +204,9 @@ def interrupt(monkeypatch, module, calls):
 
 def test_ctrl_c_ends_pool_and_eval_without_a_traceback_and_they_go_on(family, tmp_path, monkeypatch, capsys):
     """Of a night's sampling only the batch is lost that it was at."""
-    problems = reward.load_problems(family / "train.jsonl")
+    problems = problems.load_problems(family / "train.jsonl")
     problems = [reward.Problem(f"{i}+{p.question}", p.answer, "natural") for i in (1, 2) for p in problems]
-    reward.save_problems(problems, tmp_path / "data.jsonl")  # 40: three batches
+    problems.save_problems(problems, tmp_path / "data.jsonl")  # 40: three batches
     argv = lambda out: [str(x) for x in (
         "--model", family / "explorer", "--data", tmp_path / "data.jsonl", "--n", 2, "--max-new-tokens", 4,
         "--device", "cpu", "--out", tmp_path / out)]
