@@ -444,6 +444,9 @@ def test_separate_updates_each_source_by_itself(family, tmp_path, monkeypatch):
     assert [line["rollouts_learner"] for line in lines] == [0, 0, 8, 16]
     assert [(line["loss"], line["skipped_updates"]) for line in lines] == [(1, 1), (2, 1), (3.5, 2), (5, 1)]
     assert [line["tokens_trained"] for line in lines] == [1, 2, 7, 5]
+    with pytest.raises(ValueError, match="one of each source"):  # where neither would have a group
+        run_here(family, tmp_path / "new", "--group-size", 2, open_explorer=separating.open_explorer)
+    assert not (tmp_path / "new").exists()
 
 
 # ---- data.py -----------------------------------------------------------------------------------------------
