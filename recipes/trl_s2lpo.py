@@ -15,7 +15,7 @@ What differs from train.py, beside DEFAULTS:
     advantages    over std + 1e-4, not 1e-6: at most 4e-4 less, if G = 16. dr_grpo: add --scale_rewards none
     mini-batches  are cut between a process's rows, not between groups; `dapo` divides by their mean tokens
     data          in another order; problems that do not fill a last step are left out
-    explorer      a model, not a pool, with the learner's stop tokens; a copy in each process
+    explorer      a model, not a pool; a copy in each process
 """
 import json
 import os
@@ -30,8 +30,9 @@ import torch
 from anneal import explorer_share, split_group
 from plumbing.checkpoint import load
 from plumbing.files import write_whole
-from plumbing.terminal import fail, one_line
 from plumbing.problems import load_problems
+from plumbing.terminal import fail, one_line
+from plumbing.text import turn_ends
 from reward import Problem, score
 from sample import sample
 
@@ -143,11 +144,20 @@ def open_trainer(args, config):
     problems, held_out = rows(args.data, args.prompts_per_step), args.eval_data and rows(args.eval_data, 1)
     trainer = S2LPOTrainer(args.learner, reward, config, problems, held_out or None, tokenizer)
     trainer.mix_steps = args.mix_steps
+    ends = {*trainer.eos_token_ids, *turn_ends(tokenizer)}  # where a chat template ends a turn, too
     if args.explorer != "none":
-        if theirs.get_vocab() != tokenizer.get_vocab() or {*stops} != {*trainer.eos_token_ids}:
-            raise ValueError("learner and explorer differ in tokens, or in stop tokens")
+        if theirs.get_vocab() != tokenizer.get_vocab():
+            raise ValueError("learner and explorer differ in tokens")
+        ends |= {*stops}
+    if config.use_vllm and ends != {*trainer.eos_token_ids}:
+        raise ValueError(f"vLLM stops at {trainer.eos_token_ids}, and it should at {sorted(ends)}: put these into "
+                         "the learner's generation_config.json")
+    trainer.eos_token_ids = sorted(ends)
+    if not config.use_vllm:
+        trainer.generation_config.eos_token_id = sorted(ends)
+    if args.explorer != "none":
         trainer.explore = partial(sample, explorer.requires_grad_(False), rows=args.rollout_rows,
-                                  max_new_tokens=config.max_completion_length, stops=stops,
+                                  max_new_tokens=config.max_completion_length, stops=tuple(sorted(ends)),
                                   temperature=args.explorer_temperature, top_p=args.explorer_top_p)
 
     trainer.accelerator.wait_for_everyone()  # until each process has looked whether there is a run
