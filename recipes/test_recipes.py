@@ -23,7 +23,8 @@ import grpo
 import reward
 import sample as sampling
 import train as training
-from plumbing import books, checkpoint, family as families, pictures, pool as reader
+from plumbing import books, checkpoint, pictures
+from plumbing import pool as reader
 from plumbing.survival import Turn
 from plumbing.text import decode
 from recipes import data, explorers, internlm2, measured, overnight, pool, remedies, retokenize
