@@ -24,7 +24,8 @@ from plumbing.problems import load_problems, save_problems
 import reward
 import sample as sampling
 import train as training
-from plumbing import books, checkpoint, family as families, pictures, pool as reader
+from plumbing import books, checkpoint, pictures
+from plumbing import pool as reader
 from plumbing.steps import Step
 from plumbing.text import decode
 from recipes import data, explorers, internlm2, measured, overnight, pool, remedies, retokenize

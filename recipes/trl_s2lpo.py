@@ -23,8 +23,6 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import plumbing  # before torch, which reads a variable that it sets
-
 import torch
 
 from anneal import explorer_share, split_group
