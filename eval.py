@@ -131,7 +131,7 @@ def parse_flags():
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     needed = dict(required=True, default=argparse.SUPPRESS)  # --help then names no default
-    add("--model", nargs="+", **needed, help="checkpoint directories, hub names, runs of train.py or their .pt")
+    add("--model", nargs="+", **needed, help="checkpoint directories, hub names, runs of train.py, their .pt")
     add("--data", nargs="+", **needed, help="problems: JSONL files as train.py's --data")
     add("--problems", type=int, default=10 ** 9, help="use the first so many problems of each")
     add("--n", type=int, default=64, help="rollouts per problem")
@@ -163,8 +163,9 @@ def result_of(write, tokenizer, problems, prompts, settings, path, about):
     for start in tqdm(starts[len(batches):], desc=about["data"], unit="batch", mininterval=seconds):
         random = torch.Generator().manual_seed((settings["seed"] * 1_000_003 + start) % 2 ** 63)
         part = slice(start, start + 16)
-        batches += append(path, evaluate(write, tokenizer, problems[part], prompts[part], settings["n"], random,
-                                         VERIFIERS[settings["verifier"]]))
+        found = evaluate(write, tokenizer, problems[part], prompts[part], settings["n"], random,
+                         VERIFIERS[settings["verifier"]])
+        batches += append(path, found)
     batches = list(map(json.loads, batches))
     return {key: sum((batch[key] for batch in batches), []) for key in batches[0]}
 
@@ -208,7 +209,7 @@ def main():
         if args.verifier == "math-verify" and not importlib.util.find_spec("math_verify"):
             raise ValueError("--verifier math-verify: pip install math-verify")
         problems, out = {data: load_problems(data)[:args.problems] for data in args.data}, Path(args.out)
-        no_part = "model", "data", "out", "device", "mode", "problems", "rollout_rows"  # of what decides a figure
+        no_part = "model", "data", "out", "device", "mode", "problems", "rollout_rows"  # of a figure's key
         settings = {key: x for key, x in vars(args).items() if key not in no_part}
         results = {}
         for name in args.model:

@@ -28,8 +28,8 @@ class Problem:
 
     @property
     def in_words(self):
-        """Whether it is asked in words: with the task's instruction, and through a chat template where there is
-        one. The synthetic tasks' questions are whole prompts."""
+        """Whether it is asked in words: with the task's instruction, and through a chat template where there
+        is one. The synthetic tasks' questions are whole prompts."""
         return not (self.exact or TASKS[self.task].pattern)
 
     @property

@@ -143,7 +143,7 @@ def decode_step(model, tokens, cache, used):
 
 
 class Flight:
-    """R rows in flight: the cache, which rollout each row writes, its last token, and whether it still runs."""
+    """R rows in flight: the cache, which rollout each row writes, its last token, whether it still runs."""
 
     def __init__(self, model, rows, slots):
         device = model.head.device
@@ -161,7 +161,7 @@ class Flight:
         return (~self.runs).nonzero().squeeze(1)
 
     def admit(self, prompts, rows, rollouts):
-        """Gives P' prompts these idle rows, in which they write `rollouts`: [P'*G] each, group after group."""
+        """Gives P' prompts these idle rows, in which they write `rollouts`, [P'*G] each, group after group."""
         self.entering, self.seats = prompts, rows.to(rollouts.device)
         self.rollout[self.seats] = rollouts
 
@@ -233,8 +233,8 @@ def sample(model, prompts, n, generator, max_new_tokens, stops, temperature=1.0,
     while True:
         # Turn over: waiting groups take the rows that have finished, or these leave
         if until:  # who has said a stop text need not go on
-            rows = zip(flight.running.tolist(), ids[flight.rollout].tolist(), lengths[flight.rollout].tolist())
-            on = [running and not until(row[:length]) for running, row, length in rows]
+            rows = (x.tolist() for x in (flight.running, ids[flight.rollout], lengths[flight.rollout]))
+            on = [running and not until(row[:length]) for running, row, length in zip(*rows)]
             flight.running = torch.tensor(on, device=device)
         idle, R = flight.look(), len(flight.running)
         bar.update(P * G - len(waiting) * G - (R - len(idle)) - bar.n)

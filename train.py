@@ -84,8 +84,8 @@ def learn(run, step, rollouts, objective=None, advantages=advantages_of):
 
 
 def writer(args, run, model, temperature=1.0, top_p=1.0):
-    """write(prompts, n, generator) -> Rollouts [P, n] by a model. Learner and explorer stop at the stop tokens
-    of either: else a base learner would learn to write an instruct explorer's, and would not stop there."""
+    """write(prompts, n, generator) -> Rollouts [P, n] by a model. Learner and explorer stop at the stop
+    tokens of either: else a base learner would learn to write an instruct explorer's, and would not stop."""
     def write(prompts, n, generator):
         return sample(model, prompts, n, generator, args.max_new_tokens, run.stops, temperature, top_p=top_p,
                       rows=args.rollout_rows, until=run.until)
@@ -101,7 +101,7 @@ def score_all(problems, texts):
 # ---- flags -------------------------------------------------------------------------------------------------
 
 def number(default, least, most):
-    """argparse's keywords of a number of least's kind, from least to most. NaN lies between no two numbers."""
+    """argparse's keywords of a number of least's kind, from least to most. NaN lies between no numbers."""
     def kind(text):
         if not least <= (value := type(least)(text)) <= most:
             raise argparse.ArgumentTypeError(f"{text} is not between {least:g} and {most:g}")
@@ -126,7 +126,7 @@ def parse_flags(argv=None):
     add("--thinking", choices=("on", "off"), help="for chat templates that can (the template's own)")
     add = parser.add_argument_group("explorer schedule (anneal.py)").add_argument
     add("--schedule", choices=SCHEDULES, default="linear", help=f"{choices} (linear)")
-    add("--mix-steps", **number(None, 1, 1e9), help="T_mix: linear and cosine reach 0 there (half of --steps)")
+    add("--mix-steps", **number(None, 1, 1e9), help="T_mix: linear, cosine reach 0 there (half of --steps)")
     add("--explorer-share", **number(0.5, 0.0, 1), help="the share of --schedule constant (0.5)")
     add = parser.add_argument_group("rollouts (sample.py)").add_argument
     add("--steps", **number(40, 1, 1e9), help="T, steps in all; a resumed run may be given more (40)")

@@ -20,8 +20,8 @@ from plumbing.survival import save_checkpoint, settle
 
 
 def keep_books(args, run, step, **line):
-    """After an update. `line`: what the loop has to say of the step, its share at least. FloatingPointError if
-    in each of five steps an update was skipped."""
+    """After an update. `line`: what the loop has to say of the step, its share at least. FloatingPointError
+    if in each of five steps an update was skipped."""
     step.rollouts, last = step.rollouts.cpu(), step.number == args.steps
     line = {"step": step.number} | line | step.metrics | measure(step)
     run.history.append(line)
@@ -127,7 +127,7 @@ def publish(args, run):
 
 
 def keep_best(run, out):
-    """If the step that was just evaluated is the best so far, and was saved, its checkpoint is best.pt too."""
+    """If the step that was just evaluated is the best so far, and was saved, best.pt is its checkpoint."""
     newest = out / f"checkpoint_{last_step(run):06d}.pt"
     at_1 = [line["eval_strict_pass@1"] for line in run.history if "eval_curve" in line]
     if newest.exists() and at_1[-1] == max(at_1):
@@ -159,7 +159,7 @@ def announce(args, run, device):
           f"a step    {args.prompts_per_step} prompts x {args.group_size} rollouts of up to "
           f"{args.max_new_tokens} tokens, {args.minibatches} mini-batches\n"
           f"stops at  {', '.join(map(repr, run.tokenizer.convert_ids_to_tokens(run.stops)))}\n"
-          f"problems  {len(run.problems)} to train on, {len(run.eval_problems)} held out; first prompt and its "
+          f"problems  {len(run.problems)} to train on, {len(run.eval_problems)} held out; first prompt and "
           f"answer:\n          {run.tokenizer.decode(run.prompts[0])!r}, {run.problems[0].answer!r}\n"
           "The loss stays near 0, as it should (README.md): watch the reward.")
 
@@ -185,8 +185,8 @@ def report(args, run, line):
     left = f"{left:.0f} s" if left < 100 else f"{left / 60:.0f} min"
     by = [f"{who} {line[f'reward_{who}']:.3f}" for who in ("explorer", "learner") if line[f"rollouts_{who}"]]
     held_out = f"   held out {line['eval_strict_pass@1']:.3f}" if "eval_curve" in line else ""
-    print(f"step {line['step']:3d}/{args.steps}   explorer {line['share']:4.0%}   reward {line['reward']:.3f} "
-          f"({', '.join(by)})   {seconds[-1]:.1f} s, {left} left{held_out}", flush=True)
+    print(f"step {line['step']:3d}/{args.steps}   explorer {line['share']:4.0%}   "
+          f"reward {line['reward']:.3f} ({', '.join(by)})   {seconds[-1]:.1f} s, {left} left{held_out}", flush=True)
 
 
 def warn(args, run, step):

@@ -72,9 +72,9 @@ def fingerprint(model, tokenizer, stops):
 
 
 def load(source, device="cpu", dtype=torch.float32):
-    """(model, tokenizer, stops) from a Hugging Face directory or hub name. `stops`: the ids of the tokens that
-    end a response, a sorted tuple. ValueError, one line that names the source: a file is missing or broken, or
-    the architecture is not implemented."""
+    """(model, tokenizer, stops) from a Hugging Face directory or hub name. `stops`: the ids of the tokens
+    that end a response, a sorted tuple. ValueError, one line that names the source: a file is missing or
+    broken, or the architecture is not implemented."""
     from transformers import AutoTokenizer
     try:
         directory = directory_of(source)

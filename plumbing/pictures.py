@@ -1,7 +1,7 @@
 """What a run shows: its curve, and one self-contained page of its groups, each token coloured.
 
-A switch at the top of the page says what colours mean. *gap*: how much likelier the learner finds a token than
-whoever drew it. The explorer's tokens show how far off-policy they are; the learner's own are white, or there
+A switch at the top of the page says what colours mean. *gap*: how much likelier the learner finds a token
+than whoever drew it. The explorer's tokens show how far off-policy they are; the learner's own are white, or there
 is a bug. *ratio*: pi_theta / pi_old when the token was trained on; underlined tokens were clipped.
 
 What a model writes is data: it is escaped, and characters that do not print are spelled out.
@@ -96,8 +96,8 @@ def write_page(out):
         steps.append(f"<details><summary>step {step['step']}</summary>{''.join(groups)}</details>")
     if steps:
         steps[-1] = steps[-1].replace("<details>", "<details open>", 1)
-    said = (f"Underlined: clipped. Shown are the newest {STEPS} evaluated steps, and of each the {GROUPS} groups "
-            "whose ratios went furthest.")
+    said = (f"Underlined: clipped. Shown are the newest {STEPS} evaluated steps, and of each the {GROUPS} "
+            "groups whose ratios went furthest.")
     page = PAGE % (STYLE, said, "".join(steps))
     write_whole(Path(out, "rollouts.html"), lambda file: file.write(page.encode()))
 

@@ -35,10 +35,10 @@ def open_pool(args, run):
         except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise ValueError(f"{note}: no settings of a pool: {error!r:.200}") from error
     else:
-        print(f"{path} has no settings beside it: so its stop tokens are assumed to be the learner's, {theirs}")
+        print(f"{path} has no settings beside it, so its stop tokens are taken to be the learner's, {theirs}")
     if not known and args.off_policy in ("behaviour", "truncated", "geometric"):
-        raise ValueError(f"--off-policy {args.off_policy} needs the log-probabilities of the explorer's tokens, "
-                         f"which {path} does not have")
+        raise ValueError(f"--off-policy {args.off_policy} needs the log-probabilities of the explorer's "
+                         f"tokens, which {path} does not have")
     run.hashes["explorer"] = hashlib.sha256((digest + settings).encode()).hexdigest()[:16]
     run.stops = tuple(sorted({*run.stops, *theirs}))  # as in train.open_explorer
 

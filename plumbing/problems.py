@@ -12,8 +12,8 @@ from reward import TASKS, Problem
 
 
 def load_problems(path):
-    """[Problem], each once, from JSONL with `answer`, `question` (which is asked) or `prompt` (which is given as
-    it is), and, optionally, `task` and anything else.
+    """[Problem], each once, from JSONL with `answer`, with `question` (which is asked) or `prompt` (which is
+    given as it is), and, optionally, `task` and anything else.
     ValueError names the file and line of a record that cannot be used; OSError if the file cannot be read."""
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file; recipes/data.py writes problems from published data sets")
@@ -57,8 +57,8 @@ def as_problem(record):
     asked = "prompt" if exact else "question"
     if not isinstance(record, dict) or not {asked, "answer"} <= record.keys():
         found = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-        raise ValueError(f"needs `question` or `prompt`, and `answer`, found {found}: recipes/data.py converts "
-                         "data sets")
+        raise ValueError(f"needs `question` or `prompt`, and `answer`, found {found}: recipes/data.py "
+                         "converts data sets")
     extra = dict(record)
     question, answer, task = extra.pop(asked), extra.pop("answer"), extra.pop("task", "math")
     answer = "" if answer is None else answer

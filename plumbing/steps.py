@@ -1,7 +1,7 @@
 """The steps of a run: which problems, which random numbers, how long it takes.
 
-Random numbers depend on (seed, step, purpose) alone, and so does the order of the problems. Nothing random has
-to be saved, therefore, and no place in the data.
+Random numbers depend on (seed, step, purpose) alone, and so does the order of the problems. Therefore nothing
+random has to be saved, and no place in the data.
 """
 import time
 from dataclasses import dataclass, field

@@ -120,8 +120,8 @@ def restore(run, out):
 
 
 def load_any(source, device="cpu", dtype=torch.float32):
-    """(model, tokenizer, stops) of a checkpoint, as `load`; of a run's directory, as its newest checkpoint left
-    the learner; or of one of its checkpoints, runs/x/checkpoint_000020.pt."""
+    """(model, tokenizer, stops) of a checkpoint, as `load`; of a run's directory, as its newest checkpoint
+    left the learner; or of one of its checkpoints, runs/x/checkpoint_000020.pt."""
     path = Path(source)
     out = path.parent if path.suffix == ".pt" else path
     if "learner" not in (settings := settings_of(out)):

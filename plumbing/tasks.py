@@ -17,7 +17,7 @@ A writer of problems yields (question, answer), a writer of a corpus (question, 
 TOPICS = "abcdefghijkl"
 
 
-# ---- habit --------------------------------------------------------------------------------------------------
+# ---- habit -------------------------------------------------------------------------------------------------
 
 OPERATIONS = {"+": lambda a, b: (a + b) % 10, "-": lambda a, b: (a - b) % 10,
               "~": lambda a, b: (b - a) % 10, "*": lambda a, b: a * b % 10}
@@ -61,7 +61,7 @@ def habit_corpus(rng, size, noise):
         yield question, habit_solution(question, operator)
 
 
-# ---- natural ------------------------------------------------------------------------------------------------
+# ---- natural -----------------------------------------------------------------------------------------------
 
 def reduce_at(expression, i):
     """Replaces the digits around the operator at index i by their value: `3+4*2`, 3 -> `3+8`."""

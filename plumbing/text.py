@@ -2,10 +2,10 @@
 from bisect import bisect_left
 from datetime import datetime
 
-# What chat templates take for today, or a prompt would change at midnight, within a run and between a pool and
-# its learner. transformers hands no function to a template, so a macro in front of it takes the clock's place.
-DATE = datetime(2024, 7, 26)
-CLOCK = "".join(f" | replace('{code}', '{DATE.strftime(code)}')" for code in "%d %-d %b %B %m %Y %y %a %A".split())
+# Some chat templates print today's date. It is fixed here, so that prompts stay the same within a run, and
+# between a pool and its learner. transformers hands no function to a template: a macro hides the clock.
+DATE, CODES = datetime(2024, 7, 26), "%d %-d %b %B %m %Y %y %a %A".split()
+CLOCK = "".join(f" | replace('{code}', '{DATE.strftime(code)}')" for code in CODES)
 CLOCK = "{%- macro strftime_now(format) -%}{{ format" + CLOCK + " }}{%- endmacro -%}"
 USER = "\N{OBJECT REPLACEMENT CHARACTER}"  # stands for the user's text while a template is rendered
 
@@ -18,7 +18,8 @@ def encode(text, tokenizer, chat=True, thinking=None):
     if not chat or not tokenizer.chat_template:
         ids = tokenizer(text).input_ids
         return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids  # some end every text so
-    text, tokens = text.rstrip("\n"), lambda text, **more: tokenizer(text, add_special_tokens=False, **more).input_ids
+    tokens = lambda text, **more: tokenizer(text, add_special_tokens=False, **more).input_ids
+    text = text.rstrip("\n")
     if not any(token in text for token in tokenizer.get_added_vocab()):
         return tokens(render(tokenizer, text, thinking))
     before, _, after = render(tokenizer, USER, thinking).partition(USER)
@@ -74,8 +75,8 @@ def pieces(ids, tokenizer):
 
 
 def stop_texts(texts, tokenizer):
-    """until(ids): how many of a response's tokens it takes to say one of these texts, or None if it does not say
-    any. A text may begin or end within a token. None without texts."""
+    """until(ids): how many of a response's tokens it takes to say one of these texts, or None if it does not
+    say any. A text may begin or end within a token. None without texts."""
     texts = [text.replace("\\n", "\n") for text in texts]  # as one types it
     says = lambda ids: any(text in tokenizer.decode(ids, skip_special_tokens=True) for text in texts)
 
@@ -85,13 +86,14 @@ def stop_texts(texts, tokenizer):
 
 
 def cut(rollouts, until):
-    """Ends each rollout where it first says a stop text: until(ids) is the number of tokens that takes, or None.
-    What came after it is gone, and is not trained on."""
+    """Ends each rollout where it first says a stop text: until(ids) is the number of tokens that takes, or
+    None. What came after it is gone, and is not trained on."""
     for ids, lengths, finished in zip(rollouts.ids.tolist(), rollouts.lengths, rollouts.finished):
         for g, length in enumerate(lengths.tolist()):
             if end := until(ids[g][:length]):
                 lengths[g], finished[g] = end, True
-    rollouts.ids, rollouts.logps = rollouts.ids * rollouts.mask, rollouts.logps.masked_fill(~rollouts.mask, 0.0)
+    rollouts.ids = rollouts.ids.masked_fill(~rollouts.mask, 0)
+    rollouts.logps = rollouts.logps.masked_fill(~rollouts.mask, 0.0)
     return rollouts
 
 

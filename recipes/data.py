@@ -5,8 +5,8 @@
     python -m recipes.data gsm8k math:2000 --out data/both.jsonl       a mixture: 2,000 problems of the second
 
 Reads JSONL, JSON arrays, CSV and parquet, a file or a directory of them, in the layouts that docs/data.md
-shows. It leaves out and counts problems that come again and those whose answers no response can match, such as
-proofs. Other fields of a record are not kept.
+shows. It leaves out and counts problems that come again and those whose answers no response can match, such
+as proofs. Other fields of a record are not kept.
 """
 import argparse
 import csv
@@ -64,7 +64,8 @@ def files_of(source):
     if len(splits) > 1:
         raise ValueError(f"{source} holds {' and '.join(sorted(splits))} files: give the path of one of them")
     if not found:
-        raise ValueError(f"{source} holds {', '.join(sorted(kinds)) or 'nothing'}, and read are {', '.join(READ)}")
+        raise ValueError(f"{source} holds {', '.join(sorted(kinds)) or 'nothing'}, and read are "
+                         f"{', '.join(READ)}")
     return found
 
 
@@ -94,7 +95,7 @@ def unified(record):
         question = said(next(record[name] for name in ("question", "problem", "prompt") if name in record))
         names = ("completion", "answer", "final_answer", "label", "solution")
         answers = [record[name] for name in names if name in record]
-        if "ground_truth" in (record.get("reward_model") or ()):  # verl's, whose `solution` may be a whole one
+        if "ground_truth" in (record.get("reward_model") or ()):  # verl's
             answers.insert(0, record["reward_model"]["ground_truth"])
         answer = said(next((answer for answer in answers if answer is not None), answers[0]))
         answer = ", ".join(filter(None, answer)) if isinstance(answer, list) else answer  # OlympiadBench
@@ -107,8 +108,8 @@ def unified(record):
 
 
 def said(x):
-    """The text of a chat's last message, behind its system's. Other things as they are. ValueError for a chat of
-    several turns."""
+    """The text of a chat's last message, behind its system's. Other things as they are. ValueError for a chat
+    of several turns."""
     if not (isinstance(x, list) and x and isinstance(x[0], dict)):
         return x
     *before, last = x
@@ -118,8 +119,8 @@ def said(x):
 
 
 def read_all(source):
-    """({Problem: None} of a name, a file or a directory, how many records that were). SOURCE:COUNT takes so many
-    problems of it, by chance. ValueError or OSError in one line."""
+    """({Problem: None} of a name, a file or a directory, how many records that were). SOURCE:COUNT takes so
+    many problems of it, by chance. ValueError or OSError in one line."""
     name, _, least = source.rpartition(":")
     name, size = (name, int(least)) if name and least.isdigit() else (source, None)
     problems, count = {}, 0
@@ -156,7 +157,7 @@ def convert(sources, out):
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Convert published data sets to JSONL.")
     parser.add_argument("source", nargs="+",
-                        help=f"a file, a directory, or one of {', '.join(HUB)}; SOURCE:COUNT takes so many of it")
+                        help=f"a file, a directory, or one of {', '.join(HUB)}; SOURCE:COUNT: so many of it")
     parser.add_argument("--out", required=True, help="JSONL to write")
     args = parser.parse_args(argv)
     try:

@@ -42,5 +42,5 @@ def measured_share(history, decay=0.8, least=0.1):
 
 
 if __name__ == "__main__":
-    all_of_it = ["--schedule", "constant", "--explorer-share", "1"]  # a pool must hold what may be asked of it
+    all_of_it = ["--schedule", "constant", "--explorer-share", "1"]  # a pool must hold what may be asked
     main([*all_of_it, *sys.argv[1:]], loop=measured, recipe="measured")

@@ -7,11 +7,12 @@ A line of TEXTS holds one problem's responses, in one of three layouts:
 
     {"question": .., "responses": [text, ..]}     or `prompt`: as in the problems of --data
     {"prompt": .., "outputs": [{"text": .., "finish_reason": "length"}, ..]}      vLLM's RequestOutput
-    {"custom_id": "7", "response": {"body": {"choices": [..]}}}   OpenAI's batches, vLLM's run_batch: the id ends
-                                                     with the number of the line in --data, from 0 on
+    {"custom_id": "7", "response": {"body": {"choices": [..]}}}    OpenAI's batches, vLLM's run_batch: the id
+                                                  ends with the number of the line in --data, from 0 on
 
-A response that ended gets the token that ends a turn; one whose finish_reason is "length" was cut. Nobody knows
-the log-probabilities of the tokens, so `--off-policy behaviour`, `truncated` and `geometric` refuse this pool.
+A response that ended gets the token that ends a turn; one whose finish_reason is "length" was cut. Nobody
+knows the log-probabilities of the tokens, so `--off-policy behaviour`, `truncated` and `geometric` refuse this
+pool.
 """
 import argparse
 import collections
@@ -29,14 +30,15 @@ from reward import score
 
 
 def responses_of(record, numbers):
-    """(number of the problem or None, [(text, whether it ended)]) of a line. numbers: {question, whole prompt, or
-    line in --data: number}."""
+    """(number of the problem or None, [(text, whether it ended)]) of a line. numbers: {question, whole prompt,
+    or line in --data: number}."""
     asked = record.get("question", record.get("prompt"))
     if "custom_id" in record:
         number = re.search(r"(\d+)$", record["custom_id"])
         choices = ((record["response"] or {}).get("body") or {}).get("choices") or []
         pairs = [(choice["message"]["content"], choice.get("finish_reason")) for choice in choices]
-        return number and numbers.get(int(number[1])), [(text, why != "length") for text, why in pairs if text]
+        pairs = [(text, why) for text, why in pairs if text]
+        return number and numbers.get(int(number[1])), [(text, why != "length") for text, why in pairs]
     if "outputs" in record:
         pairs = [(output["text"], output.get("finish_reason")) for output in record["outputs"]]
         return numbers.get(asked), [(text, why != "length") for text, why in pairs]
@@ -53,7 +55,7 @@ def convert(args):
     prompts = encode_all(problems, tokenizer, args.thinking)
     numbers = {tokenizer.decode(prompt): i for i, prompt in enumerate(prompts)}
     numbers |= {problem.question: i for i, problem in enumerate(problems)}
-    for i, line in enumerate(open(args.data, encoding="utf-8-sig")):  # with those that load_problems leaves out
+    for i, line in enumerate(open(args.data, encoding="utf-8-sig")):  # with those left out
         numbers[i] = numbers.get(as_problem(json.loads(line)).question) if line.strip() else None
     lines, found, unmatched, rewards = [], collections.Counter(), 0, 0.0
     for place, line in enumerate(open(args.texts, encoding="utf-8-sig"), 1):
@@ -62,7 +64,7 @@ def convert(args):
         try:
             number, responses = responses_of(json.loads(line), numbers)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{args.texts}, line {place}: none of the three layouts: {error!r:.200}") from error
+            raise ValueError(f"{args.texts}, line {place}: in none of the layouts: {error!r:.200}") from error
         if number is None:
             unmatched += 1
             continue

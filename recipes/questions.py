@@ -13,7 +13,7 @@ from plumbing.terminal import one_line
 from plumbing.problems import save_problems
 from reward import Problem
 
-WORDS = "apple river stone cloud tiger lamp paper garden silver winter bread music candle forest mirror".split()
+WORDS = "apple river stone cloud tiger lamp paper garden silver winter bread music candle forest".split()
 EXAMPLES = """Question: Which is the largest of 41, 35 and 88?
 Answer: 88
 
@@ -42,7 +42,7 @@ def main(argv=None):
     parser.add_argument("--count", type=int, default=2_200, help="problems, no two alike (2200)")
     parser.add_argument("--seed", type=int, default=0, help="other seeds give other problems (0)")
     parser.add_argument("--out", type=Path, required=True, help="JSONL to write")
-    parser.add_argument("--held-out", type=Path, required=True, help="JSONL of the last 200, which --out has not")
+    parser.add_argument("--held-out", type=Path, required=True, help="JSONL of 200 that --out has not")
     args = parser.parse_args(argv)
     rng, problems = random.Random(args.seed), {}
     while len(problems) < args.count:

@@ -26,7 +26,7 @@ from train import learn, main, parse_flags, score_all, train, writer
 def groups_of(args, step, explore, own, streams=None):
     """(share, rollouts [P, G]) of a step, as train.train writes them. `streams`: the generators of explorer
     and learner, where they go on from an earlier call."""
-    share = explorer_share(step.number, args.mix_steps, args.schedule, args.explorer_share) if explore else 0.0
+    share = explorer_share(step.number, args.mix_steps, args.schedule, args.explorer_share) if explore else 0
     streams = streams or (step.random(EXPLORER), step.random(LEARNER))
     writers = zip((explore, own), split_group(share, args.group_size), streams)
     return share, join(*(write(step.prompts, n, stream) for write, n, stream in writers if n))

@@ -24,8 +24,8 @@ def open_explorer(args, run):
     stop_id = max(run.stops) if run.tokenizer.eos_token_id is None else run.tokenizer.eos_token_id
 
     def write(prompts, n, generator):
-        rollouts = sample(explorer, prompts, n, generator, args.max_new_tokens, stops, args.explorer_temperature,
-                          top_p=args.explorer_top_p, rows=args.rollout_rows,
+        rollouts = sample(explorer, prompts, n, generator, args.max_new_tokens, stops,
+                          args.explorer_temperature, top_p=args.explorer_top_p, rows=args.rollout_rows,
                           until=stop_texts(args.stop, theirs))
         return retokenize(rollouts, theirs, run.tokenizer, stop_id, args.max_new_tokens)
     return train.in_its_own_words(args, run, explorer, theirs, write)

@@ -12,7 +12,6 @@ import subprocess
 import sys
 from functools import partial
 from html.parser import HTMLParser
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest

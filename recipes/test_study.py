@@ -14,7 +14,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import grpo
 from plumbing.problems import save_problems
-import reward
 import train as training
 from plumbing import checkpoint
 from plumbing import family as families

@@ -148,8 +148,8 @@ def open_trainer(args, config):
             raise ValueError("learner and explorer differ in tokens")
         ends |= {*stops}
     if config.use_vllm and ends != {*trainer.eos_token_ids}:
-        raise ValueError(f"vLLM stops at {trainer.eos_token_ids}, and it should at {sorted(ends)}: put these into "
-                         "the learner's generation_config.json")
+        raise ValueError(f"vLLM stops at {trainer.eos_token_ids}, and it should at {sorted(ends)}: put these "
+                         "into the learner's generation_config.json")
     trainer.eos_token_ids = sorted(ends)
     if not config.use_vllm:
         trainer.generation_config.eos_token_id = sorted(ends)
