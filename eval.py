@@ -26,9 +26,12 @@ from tqdm import tqdm
 from plumbing.answers import after_thought
 from plumbing.checkpoint import fingerprint
 from plumbing.pictures import new_figure, plot_curves
-from plumbing.survival import load_any, one_line, pick_device, whole_lines
+from plumbing.files import whole_lines
+from plumbing.survival import load_any
+from plumbing.terminal import one_line, pick_device
 from plumbing.text import decode, encode_all, stop_texts
-from reward import Score, load_problems, score, scorer_hash
+from plumbing.problems import load_problems
+from reward import Score, score, scorer_hash
 from sample import check_lengths, sample
 
 
@@ -108,7 +111,7 @@ def table(ks, curves):
     return "\n".join(rows)
 
 
-def less_what_was_written(penalty, logits, ids, lengths):
+def presence_penalty(penalty, logits, ids, lengths):
     """`sample`'s hook of a presence penalty: it is taken off the logits [R, V] of all tokens that a row's
     response so far, ids [R, T] up to lengths [R], holds."""
     written = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]  # [R, T]
@@ -205,7 +208,8 @@ def main():
         if args.verifier == "math-verify" and not importlib.util.find_spec("math_verify"):
             raise ValueError("--verifier math-verify: pip install math-verify")
         problems, out = {data: load_problems(data)[:args.problems] for data in args.data}, Path(args.out)
-        settings = {key: x for key, x in vars(args).items() if key not in ("model", "data", "out", "device")}
+        no_part = "model", "data", "out", "device", "mode", "problems", "rollout_rows"  # of what decides a figure
+        settings = {key: x for key, x in vars(args).items() if key not in no_part}
         results = {}
         for name in args.model:
             model, tokenizer, stops = load_any(name, pick_device(args.device), getattr(torch, args.dtype))
@@ -215,7 +219,7 @@ def main():
             write = partial(sample, model, max_new_tokens=args.max_new_tokens, stops=stops,
                             temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
                             rows=args.rollout_rows, until=stop_texts(args.stop, tokenizer),
-                            adjust=args.presence_penalty and partial(less_what_was_written,
+                            adjust=args.presence_penalty and partial(presence_penalty,
                                                                      args.presence_penalty))
             decides = [settings, fingerprint(model, tokenizer, stops), scorer_hash()]
             out.mkdir(parents=True, exist_ok=True)

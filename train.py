@@ -32,54 +32,55 @@ from plumbing.checkpoint import fingerprint, load
 from plumbing.log import open_log
 from plumbing.optimizer import Optimizer
 from plumbing.pool import open_pool
-from plumbing.survival import (ADAPTER, EXPLORER, LEARNER, MINIBATCH, check_place, claim, generator, last_step,
-                               listen, one_line, pick_device, save_checkpoint, settings_of, turns)
+from plumbing.steps import ADAPTER, EXPLORER, LEARNER, MINIBATCH, generator, last_step, steps
+from plumbing.survival import check_place, claim, listen, save_checkpoint, settings_of
+from plumbing.terminal import one_line, pick_device
 from plumbing.text import decode, encode_all, stop_texts
-from reward import SYNTHETIC, load_problems, score, scorer_hash
+from plumbing.problems import load_problems
+from reward import SYNTHETIC, score, scorer_hash
 from sample import check_lengths, join, sample, signed
 
 
 def train(args, run, explore):
     """S2L-PO, Algorithm 1. explore(prompts, n, generator) writes the explorer's rollouts [P, n].
     Without it (None) this is plain GRPO."""
-    own = writer(args, run, run.learner, args.temperature)
-    for turn in turns(args, run):                                                    # for i = 1..T
+    write = writer(args, run, run.learner, args.temperature)
+    for step in steps(args, run):                                                    # for i = 1..T
         # 1. Who writes how much of each group
         share = 0.0
         if explore:
-            share = explorer_share(turn.step, args.mix_steps, args.schedule, args.explorer_share)
+            share = explorer_share(step.number, args.mix_steps, args.schedule, args.explorer_share)
         n_explorer, n_learner = split_group(share, args.group_size)                  # alpha_i -> G_w, G_s
 
         # 2. Rollouts: one group a prompt
         parts = []
         if n_explorer:
-            parts.append(explore(turn.prompts, n_explorer, turn.random(EXPLORER)))   # sample(pi_omega, G_w)
+            parts.append(explore(step.prompts, n_explorer, step.random(EXPLORER)))   # sample(pi_omega, G_w)
         if n_learner:
-            parts.append(own(turn.prompts, n_learner, turn.random(LEARNER)))         # sample(pi_theta, G_s)
-        rollouts = join(*parts)                                                      # O [P, G]
-        keep_books(args, run, turn, {"share": share}, rollouts, *learn(run, turn, rollouts))
+            parts.append(write(step.prompts, n_learner, step.random(LEARNER)))       # sample(pi_theta, G_s)
+        learn(run, step, join(*parts))                                               # O [P, G]
+        keep_books(args, run, step, share=share)
 
 
-def learn(run, turn, rollouts, objective=None, advantages=advantages_of):
-    """Algorithm 1 from the rollouts on: (scores [P, G, 3], advantages [P, G], metrics, tokens), of which the
-    last two are `update`'s. Variants give another objective than the flags', or another function of (rewards,
-    from_explorer, objective)."""
-    turn.lap("sampling")
+def learn(run, step, rollouts, objective=None, advantages=advantages_of):
+    """Algorithm 1 from the rollouts on; the step keeps what comes of it. Variants give another objective than
+    the flags', or another function of (rewards, from_explorer, objective)."""
+    step.lap("sampling")
     objective = objective or run.objective
 
     # 3. Rewards: reward, strict, answer of each rollout
-    scores = score_all(turn.problems, decode(rollouts, run.tokenizer))               # [P, G, 3]
+    step.scores = score_all(step.problems, decode(rollouts, run.tokenizer))          # [P, G, 3]
 
     # 4. Advantages, over the combined group
-    A = advantages(scores[..., 0], rollouts.from_explorer.cpu(), objective)          # [P, G]
-    turn.lap("scoring")
+    A = advantages(step.scores[..., 0], rollouts.from_explorer.cpu(), objective)     # [P, G]
+    step.lap("scoring")
 
     # 5. theta <- GRPO update
     run.busy = True  # a signal waits from here until keep_books has entered the step, and saved it if due
-    metrics, tokens = update(run.learner, run.reference, run.optimizer, turn.prompts, rollouts,
-                             A.to(rollouts.ids.device), objective, turn.random(MINIBATCH))
-    turn.lap("training")
-    return scores, A, metrics, tokens
+    step.metrics, step.tokens = update(run.learner, run.reference, run.optimizer, step.prompts, rollouts,
+                                       A.to(rollouts.ids.device), objective, step.random(MINIBATCH))
+    step.rollouts, step.advantages = rollouts, A
+    step.lap("training")
 
 
 def writer(args, run, model, temperature=1.0, top_p=1.0):
@@ -361,7 +362,7 @@ def main(argv=None, loop=train, open_explorer=open_explorer, recipe=None):
         run, explore = load_run(args, open_explorer)
     memory = ("lower --rollout-rows (sampling) or --micro-batch-tokens (training), or ask recipes/plan.py; "
               "--resume goes on from the last checkpoint")
-    with one_line("train.py", OSError, memory):  # no longer ValueError, which no user can cause any more
+    with one_line("train.py", OSError, memory):  # from here on a ValueError is a bug and keeps its traceback
         listen(run)
         try:
             open_books(args, run, explore)

@@ -14,7 +14,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from anneal import explorer_share, split_group
-from plumbing.survival import batch_of
+from plumbing.steps import batch_of
 from plumbing.text import cut
 from sample import Rollouts
 
@@ -35,7 +35,7 @@ def open_pool(args, run):
         except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise ValueError(f"{note}: no settings of a pool: {error!r:.200}") from error
     else:
-        print(f"{path} has no settings beside it: taken for its stop tokens are the learner's, {theirs}")
+        print(f"{path} has no settings beside it: so its stop tokens are assumed to be the learner's, {theirs}")
     if not known and args.off_policy in ("behaviour", "truncated", "geometric"):
         raise ValueError(f"--off-policy {args.off_policy} needs the log-probabilities of the explorer's tokens, "
                          f"which {path} does not have")
@@ -115,9 +115,9 @@ def read(line, prompt, num_tokens, stops):
         raise ValueError("it answers another prompt: has the file changed?")
     if not all(type(i) is int and 0 <= i < num_tokens for i in ids):
         raise ValueError("it holds tokens that the learner has not")
-    if any(i in stops for i in ids[:-1]):
-        raise ValueError("it goes on after a stop token")
     if not 0 < len(ids) == len(logps) or not all(type(x) in (int, float) and x < 0.1 for x in logps):
         raise ValueError("it needs tokens, and for each a log-prob that is not above 0 and no NaN")
+    first = next((place for place, i in enumerate(ids) if i in stops), len(ids))
+    ids, logps = ids[:first + 1], logps[:first + 1]  # its writer may have had fewer stop tokens
     # -inf, of a sampler that rounds, makes infinite ratios. NaN: recipes.pool_import does not know them
     return ids, [math.nan if unknown else float(max(x, -1e4)) for x in logps]

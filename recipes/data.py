@@ -18,7 +18,7 @@ import re
 from fnmatch import fnmatch
 from pathlib import Path
 
-from reward import as_problem, matchable, save_problems
+from plumbing.problems import as_problem, matchable, save_problems
 
 HUB = {  # name: data set on the Hugging Face hub, and which of its files
     "gsm8k": ("openai/gsm8k", "main/train*"), "gsm8k-test": ("openai/gsm8k", "main/test*"),

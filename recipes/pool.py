@@ -17,9 +17,11 @@ import torch
 from tqdm import tqdm
 
 from plumbing.checkpoint import fingerprint, load
-from plumbing.survival import one_line, pick_device, write_whole
+from plumbing.files import write_whole
+from plumbing.terminal import one_line, pick_device
 from plumbing.text import decode, encode_all, stop_texts
-from reward import load_problems, score
+from plumbing.problems import load_problems
+from reward import score
 from sample import check_lengths, sample
 
 AT_ONCE = 16  # problems: their rollouts are written whole or not at all, from random numbers of their own
@@ -53,8 +55,8 @@ def write_pool(args, shard, shards):
         for start in tqdm(range(done, len(problems), AT_ONCE), desc=args.out, mininterval=seconds):
             batch = problems[start:start + AT_ONCE]
             random = torch.Generator().manual_seed(args.seed * 1_000_003 + batch[0][0])
-            rollouts = sample(model, prompts[start:start + AT_ONCE], args.n, random, args.max_new_tokens, stops,
-                              args.temperature, top_p=args.top_p, rows=args.rollout_rows, until=until)
+            rollouts = sample(model, prompts[start:start + AT_ONCE], args.n, random, args.max_new_tokens,
+                              stops, args.temperature, top_p=args.top_p, rows=args.rollout_rows, until=until)
             for p, texts in enumerate(decode(rollouts, tokenizer)):
                 number, problem = batch[p]
                 for g, text in enumerate(texts):

@@ -8,7 +8,7 @@ A line of TEXTS holds one problem's responses, in one of three layouts:
     {"question": .., "responses": [text, ..]}     or `prompt`: as in the problems of --data
     {"prompt": .., "outputs": [{"text": .., "finish_reason": "length"}, ..]}      vLLM's RequestOutput
     {"custom_id": "7", "response": {"body": {"choices": [..]}}}   OpenAI's batches, vLLM's run_batch: the id ends
-                                                     with the number of the problem in --data, from 0 on
+                                                     with the number of the line in --data, from 0 on
 
 A response that ended gets the token that ends a turn; one whose finish_reason is "length" was cut. Nobody knows
 the log-probabilities of the tokens, so `--off-policy behaviour`, `truncated` and `geometric` refuse this pool.
@@ -21,19 +21,22 @@ import re
 from pathlib import Path
 
 from plumbing.checkpoint import directory_of
-from plumbing.survival import one_line, write_whole
+from plumbing.files import write_whole
+from plumbing.terminal import one_line
 from plumbing.text import encode_all, turn_ends
-from reward import load_problems, score
+from plumbing.problems import as_problem, load_problems
+from reward import score
 
 
 def responses_of(record, numbers):
-    """(number of the problem or None, [(text, whether it ended)]) of a line. numbers: {question: number}."""
+    """(number of the problem or None, [(text, whether it ended)]) of a line. numbers: {question, whole prompt, or
+    line in --data: number}."""
     asked = record.get("question", record.get("prompt"))
     if "custom_id" in record:
         number = re.search(r"(\d+)$", record["custom_id"])
         choices = ((record["response"] or {}).get("body") or {}).get("choices") or []
         pairs = [(choice["message"]["content"], choice.get("finish_reason")) for choice in choices]
-        return number and int(number[1]), [(text, why != "length") for text, why in pairs if text]
+        return number and numbers.get(int(number[1])), [(text, why != "length") for text, why in pairs if text]
     if "outputs" in record:
         pairs = [(output["text"], output.get("finish_reason")) for output in record["outputs"]]
         return numbers.get(asked), [(text, why != "length") for text, why in pairs]
@@ -44,17 +47,23 @@ def convert(args):
     """Writes args.out and its settings. ValueError names the line that cannot be used."""
     from transformers import AutoTokenizer
     tokenizer = AutoTokenizer.from_pretrained(directory_of(args.tokenizer), trust_remote_code=False)
-    ends = turn_ends(tokenizer) or {tokenizer.eos_token_id}
+    if not (ends := (turn_ends(tokenizer) or {tokenizer.eos_token_id}) - {None}):
+        raise ValueError(f"{args.tokenizer} has no token that ends a response")
     problems = load_problems(args.data)
     prompts = encode_all(problems, tokenizer, args.thinking)
-    numbers = {problem.question: i for i, problem in enumerate(problems)}
+    numbers = {tokenizer.decode(prompt): i for i, prompt in enumerate(prompts)}
+    numbers |= {problem.question: i for i, problem in enumerate(problems)}
+    for i, line in enumerate(open(args.data, encoding="utf-8-sig")):  # with those that load_problems leaves out
+        numbers[i] = numbers.get(as_problem(json.loads(line)).question) if line.strip() else None
     lines, found, unmatched, rewards = [], collections.Counter(), 0, 0.0
-    for place, line in enumerate(Path(args.texts).read_text(encoding="utf-8-sig").splitlines(), 1):
+    for place, line in enumerate(open(args.texts, encoding="utf-8-sig"), 1):
+        if not line.strip():
+            continue
         try:
             number, responses = responses_of(json.loads(line), numbers)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{args.texts}, line {place}: none of the three layouts: {error!r:.200}") from error
-        if number is None or number >= len(problems):
+        if number is None:
             unmatched += 1
             continue
         for text, ended in responses:

@@ -1,17 +1,17 @@
 """Three kinds of short question for a small real model: few-shot prompts, answers of a few tokens.
 
-    python -m recipes.questions --count 2000 --out data/questions.jsonl
-    python -m recipes.questions --count 200 --seed 1 --out data/questions-test.jsonl
+    python -m recipes.questions --out data/questions.jsonl --held-out data/questions-test.jsonl
 
 A model of 135 million parameters finds the largest of three numbers hard, the sum of three digits harder, and
-three words in reverse order hardest. recipes/smollm2.sh trains on them.
+three words in reverse order hardest.
 """
 import argparse
 import random
 from pathlib import Path
 
-from plumbing.survival import one_line
-from reward import Problem, save_problems
+from plumbing.terminal import one_line
+from plumbing.problems import save_problems
+from reward import Problem
 
 WORDS = "apple river stone cloud tiger lamp paper garden silver winter bread music candle forest mirror".split()
 EXAMPLES = """Question: Which is the largest of 41, 35 and 88?
@@ -39,17 +39,19 @@ def question(rng):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Write problems for a small model.")
-    parser.add_argument("--count", type=int, default=2_000, help="problems, no two alike (2000)")
+    parser.add_argument("--count", type=int, default=2_200, help="problems, no two alike (2200)")
     parser.add_argument("--seed", type=int, default=0, help="other seeds give other problems (0)")
     parser.add_argument("--out", type=Path, required=True, help="JSONL to write")
+    parser.add_argument("--held-out", type=Path, required=True, help="JSONL of the last 200, which --out has not")
     args = parser.parse_args(argv)
     rng, problems = random.Random(args.seed), {}
     while len(problems) < args.count:
         asked, answer = question(rng)
         problems[Problem(EXAMPLES.format(asked), answer, extra={"asked": asked}, exact=True)] = None
     with one_line("questions.py"):
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        save_problems(problems, args.out)
+        for path, some in ((args.out, [*problems][:-200]), (args.held_out, [*problems][-200:])):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_problems(some, path)
 
 
 if __name__ == "__main__":
