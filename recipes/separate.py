@@ -8,12 +8,12 @@ has nothing to compare it with, and is left out of that step. At share 0 this is
 """
 import torch
 
+import train
 from anneal import explorer_share, split_group
 from plumbing.books import keep_books
 from plumbing.steps import EXPLORER, LEARNER, steps
-from plumbing.terminal import fail
 from sample import join
-from train import learn, main, parse_flags, writer
+from train import learn, main, writer
 
 
 def separate(args, run, explore):
@@ -41,7 +41,11 @@ def separate(args, run, explore):
         keep_books(args, run, step, share=share)
 
 
+def open_explorer(args, run):
+    if args.group_size < 3:
+        raise ValueError("--group-size 2: of 2 rollouts there may be one of each source, which has no group")
+    return train.open_explorer(args, run)
+
+
 if __name__ == "__main__":
-    if parse_flags().group_size < 3:
-        fail("separate.py", 2, "of 2 rollouts there may be one of each source, which has no group")
-    main(loop=separate, recipe="separate")
+    main(loop=separate, open_explorer=open_explorer, recipe="separate")

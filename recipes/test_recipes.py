@@ -411,8 +411,8 @@ def test_the_page_of_rollouts_shows_whatever_was_written_and_runs_none_of_it(tmp
     problems = [reward.Problem("<b>1</b>", "1"), reward.Problem("2", "<i>2")]
     (tmp_path / "rollouts").mkdir()
     for step in (1, 2):
-        turn = Step(step, [0, 1], problems, None, None)
-        pictures.note(tmp_path, turn, written, torch.ones(2, 2, 3), ratio[..., 0], tokens, tokenizer)
+        done = Step(step, [0, 1], problems, None, None, written, torch.ones(2, 2, 3), ratio[..., 0], {}, tokens)
+        pictures.note(tmp_path, done, tokenizer)
     page = (tmp_path / "rollouts.html").read_text()
     read = Texts(page)
     assert not {"script", "img", "b"} & read.tags and "\x1b" not in page and "http" not in page
@@ -444,6 +444,9 @@ def test_separate_updates_each_source_by_itself(family, tmp_path, monkeypatch):
     assert [line["rollouts_learner"] for line in lines] == [0, 0, 8, 16]
     assert [(line["loss"], line["skipped_updates"]) for line in lines] == [(1, 1), (2, 1), (3.5, 2), (5, 1)]
     assert [line["tokens_trained"] for line in lines] == [1, 2, 7, 5]
+    with pytest.raises(ValueError, match="one of each source"):  # where neither would have a group
+        run_here(family, tmp_path / "new", "--group-size", 2, open_explorer=separating.open_explorer)
+    assert not (tmp_path / "new").exists()
 
 
 # ---- data.py -----------------------------------------------------------------------------------------------

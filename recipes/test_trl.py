@@ -22,13 +22,14 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import TrainerCallback
 
 from anneal import explorer_share, split_group
-from grpo import update
-from model import hf_weights, load
+from grpo import Objective, update
+from plumbing.checkpoint import hf_weights, load
+from plumbing.text import decode
 from recipes import trl_s2lpo as recipe
 from plumbing.problems import load_problems, save_problems
 from reward import Problem, Score
-from sample import Rollouts, decode
-from test_all import hf_pair, seeded
+from sample import Rollouts
+from test_all import ROOT, hf_pair, seeded
 
 P, G, M, T_MIX = 4, 5, 2, 3  # prompts a step, rollouts a prompt, updates a step, mixing steps
 
@@ -90,8 +91,9 @@ def train(flags, prepare=lambda trainer: None):
 def launch(flags, *launcher):
     """The rounds of two processes, each trained as in `train`."""
     out = Path(flags[flags.index("--out") + 1])
-    done = subprocess.run([sys.executable, "-m", *launcher, __file__, *flags], capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=90)
+    command = [sys.executable, "-m", *launcher, "-m", "recipes.test_trl", *flags]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True,
+                          text=True, timeout=90)
     assert not done.returncode, done.stderr[-3000:]
     return [json.loads((out / f"rounds-{rank}.json").read_text()) for rank in range(2)]
 
@@ -159,7 +161,7 @@ def test_an_update_has_the_loss_and_gradient_of_train_py(loss, flags, tmp_path):
     watch.on_pre_optimizer_step = lambda *_, model, **more: gradients.update(
         {name: p.grad.clone() for name, p in model.named_parameters()})
     source = flags(tmp_path)[1]
-    (learner, tokenizer), (reference, _) = load(source), load(source)
+    (learner, tokenizer, _), (reference, *_) = load(source), load(source)
     for p in reference.parameters():
         p.data += 0.1 * torch.randn(p.shape, generator=seeded())
 
@@ -180,8 +182,8 @@ def test_an_update_has_the_loss_and_gradient_of_train_py(loss, flags, tmp_path):
     rewards = torch.tensor([[varied(None, text).reward for text in group] for group in texts])
     A = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
     still = SimpleNamespace(accumulate=lambda: None, step=lambda max_norm, loss: 0.0)
-    metrics, _ = update(learner, reference, still, prompts[::G], rollouts, A, seeded(), loss=loss,
-                        kl_coef=0.1, temperature=0.7, max_new_tokens=6)
+    objective = Objective(loss=loss, kl_coef=0.1, temperature=0.7, max_new_tokens=6)
+    metrics, _ = update(learner, reference, still, prompts[::G], rollouts, A, objective, seeded())
     for p in learner.parameters():
         p.data = p.grad
     assert len(rounds[-1]["explorer"]) == 3 * P and metrics["kl"] > 0.01
@@ -227,7 +229,7 @@ def test_a_resumed_run_is_the_experiment_it_began_as(flags, tmp_path, capsys):
                              ([*resumed, "--lr", "1"], "learning_rate 0.001 -> 1.0"),
                              ([*resumed, "--weight_decay", "0.1"], "weight_decay 0.0 -> 0.1"),
                              ([*resumed, "--mix-steps", "4"], "mix_steps 2 -> 4"),
-                             (["--out", str(tmp_path / "none"), "--resume"], "none holds no run"),
+                             (["--out", str(tmp_path / "none"), "--resume"], "none holds no run to resume"),
                              (flags(home), "holds a run: --resume")):
         with pytest.raises(SystemExit):
             recipe.parse_flags(wrong)
@@ -287,7 +289,7 @@ def test_flags_have_train_pys_names_and_counts_are_checked(flags, tmp_path, monk
 def test_paper_8gpus_flags_are_known(monkeypatch):
     """TRL renames flags, and nobody here can run that script."""
     script = Path(__file__).with_name("paper-8gpu.sh").read_text().replace("\\\n", " ")
-    words = shlex.split(re.search(r"trl_s2lpo.py (.*) \"\$@\"", script)[1])
+    words = shlex.split(re.search(r"-m recipes.trl_s2lpo (.*) \"\$@\"", script)[1])
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     args, config = recipe.parse_flags(words)
     assert (args.mix_steps, args.minibatches, config.max_steps, config.loss_type) == (8, 32, 16 * 32, "dapo")
@@ -340,6 +342,20 @@ def test_what_the_user_can_mend_is_said_in_one_line(flags, tmp_path, monkeypatch
     with pytest.raises(SystemExit):
         runpy.run_path(recipe.__file__)
     assert "pip install trl==1.16.0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error, code, said", [
+    (KeyboardInterrupt(), 130, ""), (OSError("No space left on device"), 2, "error: No space"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), 3, "lower --rollout-rows")])
+def test_what_ends_a_run_is_said_in_one_line_too(error, code, said, flags, tmp_path, monkeypatch, capsys):
+    """A scheduler that reads exit codes starts again what a retry helps, and nothing else."""
+    def train(self, **more):
+        raise error
+    monkeypatch.setattr(recipe.S2LPOTrainer, "train", train)
+    monkeypatch.setattr(sys, "argv", ["trl_s2lpo.py", *flags(tmp_path)])
+    with pytest.raises(SystemExit) as stop:
+        recipe.main()
+    assert stop.value.code == code and said in capsys.readouterr().err
 
 
 def shard_on_cpus():

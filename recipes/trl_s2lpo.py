@@ -1,8 +1,8 @@
 """S2L-PO on TRL's GRPOTrainer: past one GPU, with accelerate, FSDP2, DeepSpeed, vLLM and W&B.
 
     pip install trl==1.16.0        run with it: 1 and 2 CPU processes, FSDP2. Not run: GPUs, vLLM, DeepSpeed
-    python recipes/trl_s2lpo.py --learner LEARNER --explorer EXPLORER --data train.jsonl --out runs/trl
-    accelerate launch --config_file recipes/fsdp2.yaml recipes/trl_s2lpo.py ...      on 8 GPUs
+    python -m recipes.trl_s2lpo --learner LEARNER --explorer EXPLORER --data train.jsonl --out runs/trl
+    accelerate launch --config_file recipes/fsdp2.yaml -m recipes.trl_s2lpo ...      on 8 GPUs
 
 `S2LPOTrainer` is Algorithm 1: it writes each group in two parts. Rewards, advantages and update are TRL's.
 Schedule, reward and the explorer's sampler are train.py's. Flags: train.py's names, or any of GRPOConfig but
@@ -15,7 +15,7 @@ What differs from train.py, beside DEFAULTS:
     advantages    over std + 1e-4, not 1e-6: at most 4e-4 less, if G = 16. dr_grpo: add --scale_rewards none
     mini-batches  are cut between a process's rows, not between groups; `dapo` divides by their mean tokens
     data          in another order; problems that do not fill a last step are left out
-    explorer      a model, not a pool, with the learner's stop tokens; a copy in each process
+    explorer      a model, not a pool; a copy in each process
 """
 import json
 import os
@@ -23,27 +23,27 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import plumbing  # before torch, which reads a variable that it sets
+
 import torch
 
+from anneal import explorer_share, split_group
+from plumbing.checkpoint import load
+from plumbing.files import write_whole
+from plumbing.problems import load_problems
+from plumbing.terminal import fail, one_line
+from plumbing.text import turn_ends
+from reward import Problem, score
+from sample import sample
 
-def fail(error):  # as train.py does
-    print(f"trl_s2lpo.py: error: {' '.join(str(error).split()):.300}", file=sys.stderr)
-    sys.exit(2)
-
-
+refuse = partial(fail, "trl_s2lpo.py", 2)
 try:
     from datasets import Dataset
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoTokenizer, HfArgumentParser
     from trl import GRPOConfig, GRPOTrainer
 except ImportError as error:
-    fail(f"{error}: pip install trl==1.16.0")
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from anneal import explorer_share, split_group
-from plumbing.checkpoint import load
-from plumbing.problems import load_problems
-from reward import Problem, score
-from sample import sample
+    refuse(f"{error}: pip install trl==1.16.0")
 
 NAMES = {"--group-size": "--num_generations", "--max-new-tokens": "--max_completion_length",  # TRL's names
          "--lr": "--learning_rate", "--loss": "--loss_type", "--kl-coef": "--beta", "--out": "--output_dir",
@@ -74,31 +74,28 @@ class S2LPOTrainer(GRPOTrainer):
         G, prompts, P = num_generations, prompt_ids[::num_generations], len(prompt_ids) // num_generations
 
         # 1. Who writes how much of each group. An evaluation is of the learner alone
-        batches = self.args.steps_per_generation * self.num_iterations              # until TRL samples again
-        step = self.state.global_step * self.args.gradient_accumulation_steps // batches + 1        # i = 1..T
+        batches = self.args.steps_per_generation * self.num_iterations          # until TRL samples again
+        step = self.state.global_step * self.args.gradient_accumulation_steps // batches + 1    # i = 1..T
         share = explorer_share(step, self.mix_steps) if self.explore and self.model.training else 0.0
-        self.n_explorer, n_learner = split_group(share, G)                          # alpha_i -> G_w, G_s
-        if not self.n_explorer:
+        n_explorer, n_learner = split_group(share, G)                           # alpha_i -> G_w, G_s
+        self.n_explorer = n_explorer
+        if not n_explorer:
             return write(prompt_ids, G)
 
         # 2. Rollouts: one group a prompt
-        rollouts = self.explore(prompts, self.n_explorer, torch.default_generator)  # sample(pi_omega, G_w)
-        lengths = rollouts.lengths.flatten().tolist()
-        explored = [ids[:n] for ids, n in zip(rollouts.ids.flatten(0, 1).tolist(), lengths)]
+        r = self.explore(prompts, n_explorer, torch.default_generator)          # sample(pi_omega, G_w)
+        explored = [ids[:n].tolist() for ids, n in zip(r.ids.flatten(0, 1), r.lengths.flatten())]
         own, logps = [], []
-        if n_learner:                                                               # sample(pi_theta, G_s)
+        if n_learner:                                                           # sample(pi_theta, G_s)
             own, logps = write([prompt for prompt in prompts for _ in range(n_learner)], n_learner)
+        theirs, ours = torch.arange(P * G).split([P * n_explorer, P * n_learner])
+        order = torch.cat([theirs.view(P, n_explorer), ours.view(P, n_learner)], 1)  # [P, G]
+        together = lambda first, second: [(first + second)[row] for row in order.flatten()]
 
         # pi_old is the learner for all, as in the paper. With vLLM, TRL weighs tokens by learner / sampler:
         # the explorer's log-probs would weigh its rollouts towards 0, None weighs them by 1.
-        logps = join([[None] * n for n in lengths], logps, P) if self.use_vllm else None
-        return join(explored, own, P), logps                                        # O
-
-
-def join(first, second, groups):
-    """One list of both, group by group: a group's rows of the first, then its rows of the second."""
-    part = lambda rows, g: rows[len(rows) // groups * g:len(rows) // groups * (g + 1)]
-    return [row for g in range(groups) for row in part(first, g) + part(second, g)]
+        logps = together([[None] * len(ids) for ids in explored], logps) if self.use_vllm else None
+        return together(explored, own), logps                                   # O
 
 
 def open_trainer(args, config):
@@ -114,18 +111,18 @@ def open_trainer(args, config):
         explorer, theirs, stops = load(args.explorer, config.device, dtype)
         context = min(context, explorer.config.max_position_embeddings)
 
-    def fits(prompt):  # in tokens as TRL makes them
-        options = {"add_generation_prompt": True, "return_dict": False} | (config.chat_template_kwargs or {})
-        ids = (tokenizer(prompt).input_ids if isinstance(prompt, str)
-               else tokenizer.apply_chat_template(prompt, **options))
-        return len(ids) + config.max_completion_length <= context
+    options = {"add_generation_prompt": True, "return_dict": False} | (config.chat_template_kwargs or {})
 
-    def rows(path, least):  # as sample.py's `encode` puts a prompt
-        chat = lambda p: p.in_words and tokenizer.chat_template
-        put = lambda p: [{"role": "user", "content": p.prompt.rstrip("\n")}] if chat(p) else p.prompt
-        row = lambda p: vars(p) | {"prompt": put(p), "extra": json.dumps(p.extra)}  # a column has one type
-        every = [row(p) for p in load_problems(path)]
-        short = [row for row in every if fits(row["prompt"])]  # a longer one would end the run in its step
+    def row(problem):  # as plumbing/text.py puts a prompt, in tokens as TRL makes them; None if too long
+        chat, prompt = problem.in_words and tokenizer.chat_template, problem.prompt
+        prompt = [{"role": "user", "content": prompt.rstrip("\n")}] if chat else prompt
+        ids = tokenizer.apply_chat_template(prompt, **options) if chat else tokenizer(prompt).input_ids
+        if len(ids) + config.max_completion_length <= context:
+            return vars(problem) | {"prompt": prompt, "extra": json.dumps(problem.extra)}  # of one type
+
+    def rows(path, least):
+        every = load_problems(path)
+        short = list(filter(None, map(row, every)))  # a longer one would end the run in its step
         if len(short) < len(every):
             print(f"{path}: {len(every) - len(short):,} of {len(every):,} problems left out: too long for a "
                   f"context of {context} tokens with --max-new-tokens {config.max_completion_length}")
@@ -147,27 +144,35 @@ def open_trainer(args, config):
     problems, held_out = rows(args.data, args.prompts_per_step), args.eval_data and rows(args.eval_data, 1)
     trainer = S2LPOTrainer(args.learner, reward, config, problems, held_out or None, tokenizer)
     trainer.mix_steps = args.mix_steps
+    ends = {*trainer.eos_token_ids, *turn_ends(tokenizer)}  # where a chat template ends a turn, too
     if args.explorer != "none":
-        if theirs.get_vocab() != tokenizer.get_vocab() or {*stops} != {*trainer.eos_token_ids}:
-            raise ValueError("learner and explorer differ in tokens, or in stop tokens")
+        if theirs.get_vocab() != tokenizer.get_vocab():
+            raise ValueError("learner and explorer differ in tokens")
+        ends |= {*stops}
+    if config.use_vllm and ends != {*trainer.eos_token_ids}:
+        raise ValueError(f"vLLM stops at {trainer.eos_token_ids}, and it should at {sorted(ends)}: put these into "
+                         "the learner's generation_config.json")
+    trainer.eos_token_ids = sorted(ends)
+    if not config.use_vllm:
+        trainer.generation_config.eos_token_id = sorted(ends)
+    if args.explorer != "none":
         trainer.explore = partial(sample, explorer.requires_grad_(False), rows=args.rollout_rows,
-                                  max_new_tokens=config.max_completion_length, stops=stops,
+                                  max_new_tokens=config.max_completion_length, stops=tuple(sorted(ends)),
                                   temperature=args.explorer_temperature, top_p=args.explorer_top_p)
 
     trainer.accelerator.wait_for_everyone()  # until each process has looked whether there is a run
     if config.should_save:
         kept = {name: value for name, value in vars(args).items() if not name.endswith("_token")}
-        beside = Path(config.output_dir, "settings.json.partial")
-        beside.write_text(json.dumps(kept, indent=2))
-        beside.replace(beside.with_suffix(""))
+        kept = json.dumps(kept, indent=2).encode()
+        write_whole(Path(config.output_dir, "settings.json"), lambda file: file.write(kept))
     return trainer
 
 
 def parse_flags(argv):
-    """(our flags, GRPOConfig). TRL's steps are optimiser updates, of which `updates` make one of ours.
-    A resumed run has the settings that lie beside its checkpoints. Only those in FREE may change."""
+    """(our flags, GRPOConfig). A resumed run has the settings that lie beside its checkpoints. Only those in
+    FREE may change."""
     parser = HfArgumentParser(GRPOConfig, allow_abbrev=False, usage="%(prog)s [flags], which --help explains")
-    parser.error = fail
+    parser.error = refuse
     add = parser.add_argument_group("S2L-PO, as in train.py").add_argument
     for name, default in FLAGS.items():
         add(name, type=type(default), default=default)
@@ -175,17 +180,18 @@ def parse_flags(argv):
     parser.set_defaults(**DEFAULTS)
     parse = lambda: parser.parse_args([NAMES.get(word, word) for word in argv])
     args, checkpoint = parse(), None
-    out = Path(args.output_dir or fail("--out is missing"))
-    if (there := (out / "settings.json").exists()) != args.resume:
-        fail(f"{out} holds a run: --resume continues it" if there else f"--resume: {out} holds no run")
+    settings = Path(args.output_dir or refuse("--out is missing"), "settings.json")
+    if (there := settings.exists()) != args.resume:
+        refuse(f"{args.output_dir} holds " + ("a run: --resume continues it" if there else "no run to resume"))
     if there:
-        parser.set_defaults(**(before := json.loads((out / "settings.json").read_text())))
+        parser.set_defaults(**(before := json.loads(settings.read_text())))
         args = parse()
         if changed := [f"{name} {before[name]} -> {value}" for name, value in vars(args).items()
                        if not name.startswith(FREE) and before.get(name, value) != value]:
-            fail(f"{out} began with other settings: {', '.join(changed)}")
-        whole = out.glob("checkpoint-*/trainer_state.json")  # TRL writes it last
-        checkpoint = max(whole, key=lambda path: json.loads(path.read_text())["global_step"], default=None)
+            refuse(f"{args.output_dir} began with other settings: {', '.join(changed)}")
+        whole = settings.parent.glob("checkpoint-*/trainer_state.json")  # TRL writes it last
+        newest = max(whole, key=lambda path: json.loads(path.read_text())["global_step"], default=None)
+        checkpoint = newest and str(newest.parent)
 
     args.mix_steps = args.mix_steps or max(1, args.steps // 2)
     for name in (*FLAGS, "--num_generations", "--num_iterations", "--temperature",
@@ -193,37 +199,41 @@ def parse_flags(argv):
         value = getattr(args, name[2:].replace("-", "_"))
         most = 1 if name == "--explorer-top-p" else sys.maxsize
         if name != "--eval-data" and not (value if isinstance(value, str) else 0 < value <= most):
-            fail(f"{name} {value}: missing, or out of range")
-    P, M, processes = args.prompts_per_step, args.minibatches, int(os.environ.get("WORLD_SIZE", 1))
-    rows, size = P * args.num_generations // processes, args.per_device_train_batch_size  # of a process
-    if P % processes or rows % (M * size):
-        fail(f"{P} prompts do not go into {processes} processes, or {rows} rows into {M} x {size}")
-
-    updates = M * args.num_iterations
-    computed = {  # what TRL is told, by the flag that it follows from
-        "--steps": {"max_steps": args.steps * updates, "num_train_epochs": 1},
-        "--prompts-per-step": {"steps_per_generation": rows // size, "generation_batch_size": None},
-        "--minibatches": {"gradient_accumulation_steps": rows // (M * size), "logging_steps": updates},
-        "--save-every": {"save_strategy": "steps", "save_steps": args.save_every * updates},
-        "--eval-every": {"eval_strategy": "steps" if args.eval_data else "no",
-                         "eval_steps": min(args.eval_every, args.steps) * updates},  # once at least
-        "--resume": {"resume_from_checkpoint": checkpoint and str(checkpoint.parent)}}
+            refuse(f"{name} {value}: missing, or out of range")
     typed = {word[2:].partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
-    if clash := [(name, flag) for flag, theirs in computed.items() for name in typed & theirs.keys()]:
-        fail("--{} follows from {}".format(*clash[0]))
-    for theirs in computed.values():
+    for flag, theirs in counts(args, checkpoint).items():
+        for name in typed & theirs.keys():
+            refuse(f"--{name} follows from {flag}")
         vars(args).update(theirs)
     return args, parser.parse_dict(vars(args), allow_extra_keys=True)[0]
 
 
+def counts(args, checkpoint):
+    """What TRL is told, by the flag that it follows from. TRL's steps are optimiser updates, of which
+    `updates` make one of ours."""
+    P, M, processes = args.prompts_per_step, args.minibatches, int(os.environ.get("WORLD_SIZE", 1))
+    rows, size = P * args.num_generations // processes, args.per_device_train_batch_size  # of a process
+    if P % processes or rows % (M * size):
+        refuse(f"{P} prompts do not go into {processes} processes, or {rows} rows into {M} x {size}")
+    updates = M * args.num_iterations
+    return {"--steps": {"max_steps": args.steps * updates, "num_train_epochs": 1},
+            "--prompts-per-step": {"steps_per_generation": rows // size, "generation_batch_size": None},
+            "--minibatches": {"gradient_accumulation_steps": rows // (M * size), "logging_steps": updates},
+            "--save-every": {"save_strategy": "steps", "save_steps": args.save_every * updates},
+            "--eval-every": {"eval_strategy": "steps" if args.eval_data else "no",
+                             "eval_steps": min(args.eval_every, args.steps) * updates},  # once at least
+            "--resume": {"resume_from_checkpoint": checkpoint}}
+
+
 def main():
-    try:
+    users = ValueError, OSError, ImportError, RuntimeError, SafetensorError  # as TRL and its libraries raise
+    with one_line("trl_s2lpo.py", users):
         args, config = parse_flags(sys.argv[1:])
         trainer = open_trainer(args, config)
-    except (ValueError, OSError, ImportError, RuntimeError, SafetensorError) as error:  # of TRL's, too
-        fail(error)
-    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
-    trainer.save_model()
+    memory = "lower --rollout-rows (the explorer's sampling) or --per_device_train_batch_size (all else)"
+    with one_line("trl_s2lpo.py", OSError, memory):
+        trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+        trainer.save_model()
 
 
 if __name__ == "__main__":
