@@ -4,7 +4,7 @@
 
 No notebook server: the code cells are executed in order in one namespace. By its tag a cell's text must come
 out the same to the last digits (no tag), the same but for what trained models do on another machine (close),
-or it only has to run, as it shows rollouts (free).
+or it only has to run, as it shows rollouts (free). The laptop's two models are made first if runs/ has none.
 """
 import base64
 import contextlib
