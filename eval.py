@@ -24,11 +24,14 @@ import torch
 from tqdm import tqdm
 
 from plumbing.answers import after_thought
-from plumbing.checkpoint import fingerprint, load
+from plumbing.checkpoint import fingerprint
 from plumbing.pictures import new_figure, plot_curves
-from plumbing.survival import one_line, pick_device, whole_lines
-from plumbing.text import decode, encode_all
-from reward import Score, load_problems, score, scorer_hash
+from plumbing.files import whole_lines
+from plumbing.survival import load_any
+from plumbing.terminal import one_line, pick_device
+from plumbing.text import decode, encode_all, stop_texts
+from plumbing.problems import load_problems
+from reward import Score, score, scorer_hash
 from sample import check_lengths, sample
 
 
@@ -108,7 +111,7 @@ def table(ks, curves):
     return "\n".join(rows)
 
 
-def less_what_was_written(penalty, logits, ids, lengths):
+def presence_penalty(penalty, logits, ids, lengths):
     """`sample`'s hook of a presence penalty: it is taken off the logits [R, V] of all tokens that a row's
     response so far, ids [R, T] up to lengths [R], holds."""
     written = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]  # [R, T]
@@ -128,12 +131,13 @@ def parse_flags():
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     needed = dict(required=True, default=argparse.SUPPRESS)  # --help then names no default
-    add("--model", nargs="+", **needed, help="checkpoint directories or Hugging Face hub names")
+    add("--model", nargs="+", **needed, help="checkpoint directories, hub names, runs of train.py or their .pt")
     add("--data", nargs="+", **needed, help="problems: JSONL files as train.py's --data")
     add("--problems", type=int, default=10 ** 9, help="use the first so many problems of each")
     add("--n", type=int, default=64, help="rollouts per problem")
     add("--mode", choices=MODES, help="the paper's settings of an evaluation; flags that are given win")
     add("--max-new-tokens", type=int, default=64, help="longest response")
+    add("--stop", nargs="+", default=[], help="texts that end a response; \\n is a new line")
     add("--temperature", type=float, default=1.0, help="0 is greedy")
     add("--top-k", type=int, default=0, help="0: off")
     add("--top-p", type=float, default=1.0, help="1: off")
@@ -204,17 +208,19 @@ def main():
         if args.verifier == "math-verify" and not importlib.util.find_spec("math_verify"):
             raise ValueError("--verifier math-verify: pip install math-verify")
         problems, out = {data: load_problems(data)[:args.problems] for data in args.data}, Path(args.out)
-        settings = {key: x for key, x in vars(args).items() if key not in ("model", "data", "out", "device")}
+        no_part = "model", "data", "out", "device", "mode", "problems", "rollout_rows"  # of what decides a figure
+        settings = {key: x for key, x in vars(args).items() if key not in no_part}
         results = {}
         for name in args.model:
-            model, tokenizer, stops = load(name, pick_device(args.device), getattr(torch, args.dtype))
+            model, tokenizer, stops = load_any(name, pick_device(args.device), getattr(torch, args.dtype))
             prompts = {data: encode_all(some, tokenizer, args.thinking) for data, some in problems.items()}
             for some in prompts.values():  # before the first is sampled, not hours later
                 check_lengths(model, some, args.max_new_tokens)
             write = partial(sample, model, max_new_tokens=args.max_new_tokens, stops=stops,
                             temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
-                            rows=args.rollout_rows, adjust=args.presence_penalty and partial(
-                                less_what_was_written, args.presence_penalty))
+                            rows=args.rollout_rows, until=stop_texts(args.stop, tokenizer),
+                            adjust=args.presence_penalty and partial(presence_penalty,
+                                                                     args.presence_penalty))
             decides = [settings, fingerprint(model, tokenizer, stops), scorer_hash()]
             out.mkdir(parents=True, exist_ok=True)
             results[name] = {}

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from model import compiled, project, read_prompts
+from plumbing.text import cut, decode, encode, printable, stop_texts
 
 LOOK_EVERY = 8  # tokens: how often the host asks which rows have finished. Each time it waits for the GPU
 
@@ -40,6 +41,10 @@ class Rollouts:
     def mask(self):
         """[P, G, T] True on the response's tokens: up to the first stop token, which it includes."""
         return torch.arange(self.ids.shape[2], device=self.ids.device) < self.lengths[..., None]
+
+    def cpu(self):
+        """The rollouts where asking for a value waits for no device."""
+        return Rollouts(*(getattr(self, field.name).cpu() for field in fields(self)))
 
     def __getitem__(self, which):
         """The rollouts of some prompts: `which` [P'] are their indices."""
@@ -150,17 +155,19 @@ class Flight:
         self.step = compiled(decode_step) if model.compiled else decode_step
 
     def look(self):
-        """Indices of the rows that do not run. It waits for the device."""
-        self.longest = int(self.cache.lengths.max())
-        return (~self.running).nonzero().squeeze(1)
+        """Indices of the rows that do not run, on the CPU. It waits for the device, once."""
+        seen = torch.cat([self.cache.lengths.max()[None], self.running]).cpu()
+        self.longest, self.runs = int(seen[0]), seen[1:] > 0
+        return (~self.runs).nonzero().squeeze(1)
 
     def admit(self, prompts, rows, rollouts):
         """Gives P' prompts these idle rows, in which they write `rollouts`: [P'*G] each, group after group."""
-        self.entering, self.seats, self.rollout[rows] = prompts, rows, rollouts
+        self.entering, self.seats = prompts, rows.to(rollouts.device)
+        self.rollout[self.seats] = rollouts
 
     def retire(self):
-        """Keeps the rows that run, and frees the others' memory."""
-        keep = self.running.nonzero().squeeze(1)
+        """Keeps the rows that ran at the last look, and frees the others' memory."""
+        keep = self.runs.nonzero().squeeze(1).to(self.running.device)
         self.cache.select(keep)
         self.rollout, self.token, self.running = self.rollout[keep], self.token[keep], self.running[keep]
 
@@ -202,9 +209,9 @@ def check_lengths(model, prompts, max_new_tokens):
 
 @torch.no_grad()
 def sample(model, prompts, n, generator, max_new_tokens, stops, temperature=1.0, top_k=0, top_p=1.0,
-           rows=1024, adjust=None):
+           rows=1024, until=None, adjust=None):
     """Rollouts of `n` responses to each prompt (a list of id lists), at most max(rows, n) at once. A response
-    ends with the first of the tokens `stops`, or after max_new_tokens.
+    ends with the first of the tokens `stops`, where until(ids) says so (see `cut`), or after max_new_tokens.
 
     `generator` is a CPU torch.Generator: the same one gives the same uniform numbers on every device.
     adjust(logits [R, V], ids [R, T], lengths [R]) -> logits may change them, given what each row has written.
@@ -225,6 +232,10 @@ def sample(model, prompts, n, generator, max_new_tokens, stops, temperature=1.0,
     bar = tqdm(total=P * G, desc="sampling", unit="rollout", delay=10, leave=False, disable=None)
     while True:
         # Turn over: waiting groups take the rows that have finished, or these leave
+        if until:  # who has said a stop text need not go on
+            rows = zip(flight.running.tolist(), ids[flight.rollout].tolist(), lengths[flight.rollout].tolist())
+            on = [running and not until(row[:length]) for running, row, length in rows]
+            flight.running = torch.tensor(on, device=device)
         idle, R = flight.look(), len(flight.running)
         bar.update(P * G - len(waiting) * G - (R - len(idle)) - bar.n)
         if len(idle) == R and not waiting:
@@ -250,22 +261,23 @@ def sample(model, prompts, n, generator, max_new_tokens, stops, temperature=1.0,
             flight.token, flight.running = token, running & ~finished[active] & (t < T - 1)
     bar.close()
     group = [x.unflatten(0, (P, G)) for x in (ids[:, :T], lengths, logps[:, :T], finished)]
-    return Rollouts(*group, from_explorer=torch.zeros_like(group[-1]))
+    rollouts = Rollouts(*group, from_explorer=torch.zeros_like(group[-1]))
+    return cut(rollouts, until) if until else rollouts
 
 
 def main():
-    from plumbing.checkpoint import load
-    from plumbing.survival import one_line, pick_device
-    from plumbing.text import decode, encode, printable
+    from plumbing.survival import load_any
+    from plumbing.terminal import one_line, pick_device
     parser = argparse.ArgumentParser(description="Print rollouts of one prompt.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     needed = dict(required=True, default=argparse.SUPPRESS)  # --help then names no default
-    add("--model", **needed, help="a checkpoint directory or a Hugging Face hub name")
+    add("--model", **needed, help="a checkpoint directory, a hub name, or a run of train.py")
     add("--prompt", **needed, help="text, given to the model as it is")
     add("--chat", action="store_true", help="wrap the prompt in the tokeniser's chat template")
     add("--n", type=int, default=4, help="rollouts")
     add("--max-new-tokens", type=int, default=64, help="longest response")
+    add("--stop", nargs="+", default=[], help="texts that end a response; \\n is a new line")
     add("--temperature", type=float, default=1.0, help="0 is greedy")
     add("--top-k", type=int, default=0, help="0: off")
     add("--top-p", type=float, default=1.0, help="1: off")
@@ -275,11 +287,11 @@ def main():
     args = parser.parse_args()
     with one_line("sample.py"):
         args.prompt.encode()  # ValueError if the terminal gave what is no text
-        model, tokenizer, stops = load(args.model, pick_device(args.device), getattr(torch, args.dtype))
+        model, tokenizer, stops = load_any(args.model, pick_device(args.device), getattr(torch, args.dtype))
         prompt = encode(args.prompt, tokenizer, args.chat)
         random = torch.Generator().manual_seed(args.seed)
         rollouts = sample(model, [prompt], args.n, random, args.max_new_tokens, stops, args.temperature,
-                          args.top_k, args.top_p)
+                          args.top_k, args.top_p, until=stop_texts(args.stop, tokenizer))
     for i, text in enumerate(decode(rollouts, tokenizer)[0]):
         end = "stopped" if rollouts.finished[0, i] else "cut"
         print(f"--- {rollouts.lengths[0, i]} tokens, {end}, log-prob {rollouts.logps[0, i].sum():.2f}")

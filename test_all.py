@@ -92,8 +92,8 @@ def family(tmp_path_factory):
                              epochs=18)
     problems = [reward.Problem(question, answer, "natural") for question, answer in corpus]
     random.Random(0).shuffle(problems)
-    reward.save_problems(problems[:10], out / "heldout.jsonl")
-    reward.save_problems(problems[10:], out / "train.jsonl")
+    problems.save_problems(problems[:10], out / "heldout.jsonl")
+    problems.save_problems(problems[10:], out / "train.jsonl")
     return out
 
 
@@ -1052,11 +1052,11 @@ def test_answers_that_nobody_can_match_are_left_out(tmp_path, capsys):
     records.append({"question": "3+4=", "answer": "7 apples", "task": "natural"})
     path = tmp_path / "data.jsonl"
     path.write_text("\n".join(map(json.dumps, records)))
-    assert [problem.answer for problem in reward.load_problems(path)] == ["7", "8", "Pro"]
+    assert [problem.answer for problem in problems.load_problems(path)] == ["7", "8", "Pro"]
     assert "24 of 27 problems left out. No response matches" in capsys.readouterr().out
     path.write_text(json.dumps(records[1]))
     with pytest.raises(ValueError, match="data.jsonl: no problems in this file whose answers can be matched"):
-        reward.load_problems(path)
+        problems.load_problems(path)
 
 
 def test_real_answers_accept_themselves_in_seven_wordings():
@@ -1067,7 +1067,7 @@ def test_real_answers_accept_themselves_in_seven_wordings():
     truth = lambda r: (r.get("answer") or r.get("answerKey") or r.get("label")
                        or r["reward_model"]["ground_truth"])
     task = lambda r: "choice" if "choices" in r else "math"
-    for problem in {reward.as_problem({"question": "q", "answer": truth(r), "task": task(r)}) for r in lines}:
+    for problem in {problems.as_problem({"question": "q", "answer": truth(r), "task": task(r)}) for r in lines}:
         x, bare = problem.answer, re.sub(r"(?<!\\)\$", "", problem.answer)
         for text in (f"\\boxed{{{x}}}", f"#### {x}", f"Answer: {x}", f"The answer is \\boxed{{{x}}}.",
                      f"Answer: ${bare}$", f"Answer: \\({bare}\\)", f"Answer:\n {x}"):
@@ -1150,10 +1150,10 @@ def test_a_broken_line_is_named(line, complaint, tmp_path):
     path, good = tmp_path / "data.jsonl", b'{"question": "q", "answer": "a #### 1,200"}'
     path.write_bytes(good + b"\n" + line + b"\n")
     with pytest.raises(ValueError, match=f"data.jsonl, line 2: .*{complaint}.{{,200}}$") as refused:
-        reward.load_problems(path)
+        problems.load_problems(path)
     assert "\n" not in str(refused.value)
     path.write_bytes(b'\xef\xbb\xbf%s\r\n\n%s\n{"question": "\xc3\xa9", "answer": 70}' % (good, good))
-    assert reward.load_problems(path) == [reward.Problem("q", "1,200"), reward.Problem("é", "70")]
+    assert problems.load_problems(path) == [reward.Problem("q", "1,200"), reward.Problem("é", "70")]
 
 
 def test_an_own_reward_sees_its_records_and_loading_asks_no_scorer(tmp_path, monkeypatch):
@@ -1162,17 +1162,17 @@ def test_an_own_reward_sees_its_records_and_loading_asks_no_scorer(tmp_path, mon
     (tmp_path / "data.jsonl").write_text(json.dumps(record))
     monkeypatch.setattr(reward, "score", None)
     monkeypatch.setattr(reward, "TASKS", {name: x._replace(check=None) for name, x in reward.TASKS.items()})
-    problem, = problems = reward.load_problems(tmp_path / "data.jsonl")
+    problem, = problems = problems.load_problems(tmp_path / "data.jsonl")
     assert problem.extra == {"tests": record["tests"], "extra": {"n": 1}}
     assert {problem} == {reward.Problem("q", "7")}  # one question, once
-    reward.save_problems(problems, tmp_path / "again.jsonl")
+    problems.save_problems(problems, tmp_path / "again.jsonl")
     assert json.loads((tmp_path / "again.jsonl").read_text()) == record
     monkeypatch.undo()
     check = lambda problem, text: (text in problem.extra["right"], True)
     monkeypatch.setitem(reward.TASKS, "code", reward.Task(check, gold="(?s).*"))
     record = {"question": "q", "answer": "", "task": "code", "right": ["a", "b"]}
     (tmp_path / "code.jsonl").write_text(json.dumps(record))
-    problem, = reward.load_problems(tmp_path / "code.jsonl")
+    problem, = problems.load_problems(tmp_path / "code.jsonl")
     assert [reward.score(problem, text) for text in "ac"] == [(1.0, True, True), (0.0, False, True)]
 
 
@@ -1191,7 +1191,7 @@ def test_the_scorers_hash_follows_its_rules_and_not_its_comments(module, rule, o
 def test_problems_are_saved_whole_or_not_at_all(tmp_path):
     """A torn file is taken for a whole one: recipes/*.sh convert a data set only if its file is not there."""
     with files_up_to(2_000), pytest.raises(OSError):
-        reward.save_problems([reward.Problem("q" * 3_000, "1")], tmp_path / "data.jsonl")
+        problems.save_problems([reward.Problem("q" * 3_000, "1")], tmp_path / "data.jsonl")
     assert not (tmp_path / "data.jsonl").exists()
 
 
@@ -1280,8 +1280,8 @@ def test_eval_cli_keeps_results_and_knows_a_replaced_model(family, tmp_path, mon
     assert evaluated("--seed", 1) and ran == [16, 4, 16, 4]
     (tmp_path / "model" / "generation_config.json").write_text('{"eos_token_id": [5, 6]}')
     assert evaluated() and ran == [16, 4]
-    long = [*reward.load_problems(family / "train.jsonl"), reward.Problem("1+1" * 42 + "=", "2")]
-    reward.save_problems(long, tmp_path / "long")
+    long = [*problems.load_problems(family / "train.jsonl"), reward.Problem("1+1" * 42 + "=", "2")]
+    problems.save_problems(long, tmp_path / "long")
     with pytest.raises(SystemExit):
         evaluated("--data", tmp_path / "long")
     assert f"prompt {len(long)} has 150 tokens" in capsys.readouterr().err and ran == []  # not hours later
@@ -1548,7 +1548,7 @@ def test_a_run_shows_its_rollouts_and_says_when_nothing_can_be_learnt(family, tm
     assert {path.name for path in (tmp_path / "run" / "rollouts").iterdir()} == {
         "step_000001.json", "step_000004.json"}
     hopeless = [reward.Problem(f"{i}+{i}=", str((2 * i + 1) % 10), "natural") for i in range(8)]
-    reward.save_problems(hopeless, tmp_path / "hopeless")
+    problems.save_problems(hopeless, tmp_path / "hopeless")
     train_here(family, tmp_path / "vain", "--data", tmp_path / "hopeless", "--eval-data", "")
     assert capsys.readouterr().err.count("warning: nothing was learnt in three steps") == 2  # after 3 and 4
 
@@ -1593,8 +1593,8 @@ def test_a_resumed_run_knows_that_its_tokeniser_was_replaced(family, tmp_path, c
 
 def test_what_is_left_out_or_amiss_with_the_problems_is_said(family, tmp_path, capsys):
     """One prompt that is too long must not cost the run, and questions seen in training are no exam."""
-    problems = reward.load_problems(family / "train.jsonl")
-    reward.save_problems([*problems, problems[3], reward.Problem("1+1" * 42 + "=", "2")], tmp_path / "data")
+    problems = problems.load_problems(family / "train.jsonl")
+    problems.save_problems([*problems, problems[3], reward.Problem("1+1" * 42 + "=", "2")], tmp_path / "data")
     code, said, error = main_here(capsys, flags(family, tmp_path / "run", "--data", tmp_path / "data",
                                                 "--eval-data", family / "train.jsonl", "--steps", 1))
     assert code == 0 and f"1 of {len(problems) + 1} problems left out: too long for the context of" in said
@@ -1617,9 +1617,9 @@ def test_bad_input_is_one_line_exit_code_2_and_nothing_made(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(families, "make_family", lambda *args, **more: pytest.fail("minutes for a slip"))
     Path("broken").write_text((family / "train.jsonl").read_text()[:60] + "\n")
-    reward.save_problems([reward.Problem("1+1" * 100, "2")], "long")
-    reward.save_problems([reward.Problem("1+1", "2"), reward.Problem("What is 1+1?", "2")], "words")
-    reward.save_problems([reward.Problem("1+1" * 10 + "=", "2")], "longer")
+    problems.save_problems([reward.Problem("1+1" * 100, "2")], "long")
+    problems.save_problems([reward.Problem("1+1", "2"), reward.Problem("What is 1+1?", "2")], "words")
+    problems.save_problems([reward.Problem("1+1" * 10 + "=", "2")], "longer")
     config = Path(shutil.copytree(family / "explorer", "short"), "config.json")
     config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 24}))
     tokens = Path(shutil.copytree(family / "explorer", "other"), "tokenizer.json")

@@ -32,54 +32,55 @@ from plumbing.checkpoint import fingerprint, load
 from plumbing.log import open_log
 from plumbing.optimizer import Optimizer
 from plumbing.pool import open_pool
-from plumbing.survival import (ADAPTER, EXPLORER, LEARNER, MINIBATCH, check_place, claim, generator, last_step,
-                               listen, one_line, pick_device, save_checkpoint, settings_of, turns)
-from plumbing.text import decode, encode_all
-from reward import SYNTHETIC, load_problems, score, scorer_hash
+from plumbing.steps import ADAPTER, EXPLORER, LEARNER, MINIBATCH, generator, last_step, steps
+from plumbing.survival import check_place, claim, listen, save_checkpoint, settings_of
+from plumbing.terminal import one_line, pick_device
+from plumbing.text import decode, encode_all, stop_texts
+from plumbing.problems import load_problems
+from reward import SYNTHETIC, score, scorer_hash
 from sample import check_lengths, join, sample, signed
 
 
 def train(args, run, explore):
     """S2L-PO, Algorithm 1. explore(prompts, n, generator) writes the explorer's rollouts [P, n].
     Without it (None) this is plain GRPO."""
-    own = writer(args, run, run.learner, args.temperature)
-    for turn in turns(args, run):                                                    # for i = 1..T
+    write = writer(args, run, run.learner, args.temperature)
+    for step in steps(args, run):                                                    # for i = 1..T
         # 1. Who writes how much of each group
         share = 0.0
         if explore:
-            share = explorer_share(turn.step, args.mix_steps, args.schedule, args.explorer_share)
+            share = explorer_share(step.number, args.mix_steps, args.schedule, args.explorer_share)
         n_explorer, n_learner = split_group(share, args.group_size)                  # alpha_i -> G_w, G_s
 
         # 2. Rollouts: one group a prompt
         parts = []
         if n_explorer:
-            parts.append(explore(turn.prompts, n_explorer, turn.random(EXPLORER)))   # sample(pi_omega, G_w)
+            parts.append(explore(step.prompts, n_explorer, step.random(EXPLORER)))   # sample(pi_omega, G_w)
         if n_learner:
-            parts.append(own(turn.prompts, n_learner, turn.random(LEARNER)))         # sample(pi_theta, G_s)
-        rollouts = join(*parts)                                                      # O [P, G]
-        keep_books(args, run, turn, {"share": share}, rollouts, *learn(run, turn, rollouts))
+            parts.append(write(step.prompts, n_learner, step.random(LEARNER)))       # sample(pi_theta, G_s)
+        learn(run, step, join(*parts))                                               # O [P, G]
+        keep_books(args, run, step, share=share)
 
 
-def learn(run, turn, rollouts, objective=None, advantages=advantages_of):
-    """Algorithm 1 from the rollouts on: (scores [P, G, 3], advantages [P, G], metrics, tokens), of which the
-    last two are `update`'s. Variants give another objective than the flags', or another function of (rewards,
-    from_explorer, objective)."""
-    turn.lap("sampling")
+def learn(run, step, rollouts, objective=None, advantages=advantages_of):
+    """Algorithm 1 from the rollouts on; the step keeps what comes of it. Variants give another objective than
+    the flags', or another function of (rewards, from_explorer, objective)."""
+    step.lap("sampling")
     objective = objective or run.objective
 
     # 3. Rewards: reward, strict, answer of each rollout
-    scores = score_all(turn.problems, decode(rollouts, run.tokenizer))               # [P, G, 3]
+    step.scores = score_all(step.problems, decode(rollouts, run.tokenizer))          # [P, G, 3]
 
     # 4. Advantages, over the combined group
-    A = advantages(scores[..., 0], rollouts.from_explorer.cpu(), objective)          # [P, G]
-    turn.lap("scoring")
+    A = advantages(step.scores[..., 0], rollouts.from_explorer.cpu(), objective)     # [P, G]
+    step.lap("scoring")
 
     # 5. theta <- GRPO update
     run.busy = True  # a signal waits from here until keep_books has entered the step, and saved it if due
-    metrics, tokens = update(run.learner, run.reference, run.optimizer, turn.prompts, rollouts,
-                             A.to(rollouts.ids.device), objective, turn.random(MINIBATCH))
-    turn.lap("training")
-    return scores, A, metrics, tokens
+    step.metrics, step.tokens = update(run.learner, run.reference, run.optimizer, step.prompts, rollouts,
+                                       A.to(rollouts.ids.device), objective, step.random(MINIBATCH))
+    step.rollouts, step.advantages = rollouts, A
+    step.lap("training")
 
 
 def writer(args, run, model, temperature=1.0, top_p=1.0):
@@ -87,7 +88,7 @@ def writer(args, run, model, temperature=1.0, top_p=1.0):
     of either: else a base learner would learn to write an instruct explorer's, and would not stop there."""
     def write(prompts, n, generator):
         return sample(model, prompts, n, generator, args.max_new_tokens, run.stops, temperature, top_p=top_p,
-                      rows=args.rollout_rows)
+                      rows=args.rollout_rows, until=run.until)
     return write
 
 
@@ -132,6 +133,7 @@ def parse_flags(argv=None):
     add("--prompts-per-step", **number(16, 1, 1e6), help="P (16)")
     add("--group-size", **number(16, 2, 1e6), help="G, rollouts per prompt (16)")
     add("--max-new-tokens", **number(None, 1, 1e6), help="longest response (16; with --learner 512)")
+    add("--stop", nargs="+", default=[], help="texts that end a response too; \\n is a new line (none)")
     add("--temperature", **number(1.0, 1e-3, 100), help="the learner's, also in its log-probs (1)")
     add("--explorer-temperature", **number(1.0, 1e-3, 100), help="the paper's is 0.7 (1)")
     add("--explorer-top-p", **number(1.0, 1e-3, 1), help="the paper's is 0.95 (1)")
@@ -239,6 +241,7 @@ class Run:
     eval_problems: list  # [Problem], held out
     eval_prompts: list
     hashes: dict         # of what decides the run: a resumed one must find the same
+    until: object        # where a response ends besides, by --stop
     write: object = None  # the learner's writer in evaluations
     history: list = field(default_factory=list)  # metrics of each step; step 0 is the base models' evaluation
     log: object = lambda line: None  # of --log
@@ -283,7 +286,7 @@ def load_run(args, open_explorer):
     if args.lora_rank:
         add_lora(learner, args.lora_rank, generator(args.seed, 0, ADAPTER))
     run = Run(learner, tokenizer, stops, reference, Optimizer(learner, args.lr), objective_of(args), problems,
-              prompts, eval_problems, eval_prompts, hashes)
+              prompts, eval_problems, eval_prompts, hashes, stop_texts(args.stop, tokenizer))
     run.write = writer(args, run, learner)
     explore = signed(open_explorer(args, run)) if args.explorer != "none" else None
     claim(args, run)
@@ -328,12 +331,23 @@ def open_explorer(args, run):
     if different := sorted({token for token, _ in a.items() ^ b.items()}):
         raise ValueError(f"the tokenisers of learner and explorer differ in {len(different)} tokens, such as "
                          f"{different[0]!r}: recipes/retokenize.py trains on texts, not on ids")
-    for prompts in (run.prompts, run.eval_prompts):
-        check_lengths(explorer, prompts, args.max_new_tokens)
     run.hashes["explorer"] = fingerprint(explorer.requires_grad_(False), tokenizer, stops)
     run.stops = tuple(sorted({*run.stops, *stops}))
     explorer.compiled = run.learner.compiled
-    return writer(args, run, explorer, args.explorer_temperature, args.explorer_top_p)
+    write = writer(args, run, explorer, args.explorer_temperature, args.explorer_top_p)
+    return in_its_own_words(args, run, explorer, tokenizer, write)
+
+
+def in_its_own_words(args, run, explorer, tokenizer, write):
+    """The explorer's writer, asked as its own chat template asks, which may be another than the learner's."""
+    prompts = run.prompts + run.eval_prompts
+    own = encode_all(run.problems + run.eval_problems, tokenizer, args.thinking)
+    check_lengths(explorer, own, args.max_new_tokens)
+    if own == prompts:
+        return write
+    print(f"explorer  is asked in its own way: {tokenizer.decode(own[0])!r}")
+    own_of = dict(zip(map(tuple, prompts), own))
+    return lambda prompts, n, generator: write([own_of[tuple(p)] for p in prompts], n, generator)
 
 
 # ---- from start to end -------------------------------------------------------------------------------------
@@ -348,7 +362,7 @@ def main(argv=None, loop=train, open_explorer=open_explorer, recipe=None):
         run, explore = load_run(args, open_explorer)
     memory = ("lower --rollout-rows (sampling) or --micro-batch-tokens (training), or ask recipes/plan.py; "
               "--resume goes on from the last checkpoint")
-    with one_line("train.py", OSError, memory):  # no longer ValueError, which no user can cause any more
+    with one_line("train.py", OSError, memory):  # from here on a ValueError is a bug and keeps its traceback
         listen(run)
         try:
             open_books(args, run, explore)

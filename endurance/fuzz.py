@@ -32,6 +32,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import reward
+from plumbing.problems import load_problems
 from plumbing import answers
 from plumbing.checkpoint import load
 from plumbing.family import make_family
@@ -170,7 +171,7 @@ def use(kind, directory):
     """Loads what is there, files of this kind, and uses it."""
     model, tokenizer, stops = good_files()[2:]
     if kind == "problems":
-        for problem in reward.load_problems(Path(directory, "a.jsonl")):
+        for problem in load_problems(Path(directory, "a.jsonl")):
             encode(problem.prompt, tokenizer)
     elif kind == "pool":
         args = argparse.Namespace(
@@ -242,7 +243,7 @@ def golds(paths, count, seed):
     """({"kind refused": number}, slowest seconds, its text) of a seeded batch of real answers made wrong."""
     rng, found, slowest = random.Random(seed), collections.Counter(), (0.0, "")
     with contextlib.redirect_stdout(None):
-        problems = {problem.answer: problem for path in paths for problem in reward.load_problems(path)}
+        problems = {problem.answer: problem for path in paths for problem in load_problems(path)}
     while found.total() < count:
         problem = rng.choice(list(problems.values()))
         kind, wrong = rng.choice(list(mutations(problem.answer).items()))

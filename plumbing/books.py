@@ -5,6 +5,7 @@ looked at (the page, the picture, the --log) may fail with a warning, and never 
 """
 import contextlib
 import json
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -14,29 +15,30 @@ import numpy as np
 from eval import crossover, evaluate, interval, pass_at_k, powers_of_two, table
 from plumbing import pictures
 from plumbing.checkpoint import save
-from plumbing.survival import EVALUATION, generator, last_step, save_checkpoint, settle
+from plumbing.steps import EVALUATION, generator, last_step
+from plumbing.survival import save_checkpoint, settle
 
 
-def keep_books(args, run, turn, line, rollouts, scores, advantages, metrics, tokens):
-    """After an update. `line`: what the loop has to say of the step, its share at least; metrics and tokens
-    are update's, and tokens may be None. FloatingPointError if no update was finite in five steps."""
-    line = {"step": turn.step} | line | metrics | measure(rollouts, scores, turn.seconds)
+def keep_books(args, run, step, **line):
+    """After an update. `line`: what the loop has to say of the step, its share at least. FloatingPointError if
+    in each of five steps an update was skipped."""
+    step.rollouts, last = step.rollouts.cpu(), step.number == args.steps
+    line = {"step": step.number} | line | step.metrics | measure(step)
     run.history.append(line)
-    last = turn.step == args.steps
     if len(run.history) >= 5 and all(past.get("skipped_updates") for past in run.history[-5:]):
-        raise FloatingPointError(f"loss or gradient not finite in five steps, up to {turn.step}: "
+        raise FloatingPointError(f"loss or gradient not finite in five steps, up to {step.number}: "
                                  "try a lower --lr")
-    if last or due(turn.step, args.save_every) and not line["skipped_updates"]:
+    if last or due(step.number, args.save_every) and not line["skipped_updates"]:
         save_checkpoint(run, Path(args.out))
     settle(run)
     publish(args, run)
-    warn(args, run, turn)
-    if last or turn.step == 1 or due(turn.step, args.eval_every):
+    warn(args, run, step)
+    if last or step.number == 1 or due(step.number, args.eval_every):
         with only_to_look_at("no rollouts to look at"):
-            if turn.step == 1:
-                pictures.show_rollouts(turn.problems, rollouts, scores, run.tokenizer)
-            if tokens:
-                pictures.note(Path(args.out), turn, rollouts, scores, advantages, tokens, run.tokenizer)
+            if step.number == 1:
+                pictures.show_rollouts(step, run.tokenizer)
+            if step.tokens:
+                pictures.note(Path(args.out), step, run.tokenizer)
 
 
 def due(step, every):
@@ -53,24 +55,23 @@ def only_to_look_at(what):
 
 # ---- what is measured --------------------------------------------------------------------------------------
 
-def measure(rollouts, scores, seconds):
-    """Metrics of a step's rollouts [P, G] and scores [P, G, 3], which docs/metrics.md explains, and of its
-    phases' seconds, {"sampling": .., "scoring": .., "training": ..}."""
-    lengths, finished, explorer = (x.cpu() for x in (
-        rollouts.lengths, rollouts.finished, rollouts.from_explorer))  # [P, G] each
-    rewards, right = scores[..., 0], scores[..., 1] > 0  # [P, G] each
+def measure(step):
+    """Metrics of a step's rollouts, scores and seconds, which docs/metrics.md explains."""
+    lengths, finished, explorer = (getattr(step.rollouts, name) for name in (
+        "lengths", "finished", "from_explorer"))  # [P, G] each
+    rewards, right = step.scores[..., 0], step.scores[..., 1] > 0  # [P, G] each
     by_learner = (right & ~explorer).any(1)  # [P, G] -> [P] the learner solved it
     mean = lambda x: x.float().mean().item() if x.numel() else None
-    return {f"seconds_{phase}": value for phase, value in seconds.items()} | {
+    return {f"seconds_{phase}": value for phase, value in step.seconds.items()} | {
         "rollouts_explorer": int(explorer.sum()), "rollouts_learner": int((~explorer).sum()),
         "reward": mean(rewards), "reward_explorer": mean(rewards[explorer]),
-        "reward_learner": mean(rewards[~explorer]), "reward_answer": mean(scores[..., 2]),
+        "reward_learner": mean(rewards[~explorer]), "reward_answer": mean(step.scores[..., 2]),
         "groups_all_fail": mean(~right.any(1)), "groups_all_pass": mean(right.all(1)),
         "groups_informative": mean(rewards.amax(1) > rewards.amin(1)),
         "groups_learner": mean(by_learner), "groups_explorer_only": mean(right.any(1) & ~by_learner),
         "length": mean(lengths), "length_explorer": mean(lengths[explorer]),
         "length_learner": mean(lengths[~explorer]), "truncated": mean(~finished),
-        "tokens_per_second": lengths.sum().item() / seconds["sampling"]}
+        "tokens_per_second": lengths.sum().item() / step.seconds["sampling"]}
 
 
 def evaluate_run(args, run, write):
@@ -113,6 +114,7 @@ def publish(args, run):
     step, looked_at = line["step"], line["step"] == args.steps or due(line["step"], args.eval_every)
     if run.eval_problems and looked_at and "eval_curve" not in line:
         line |= evaluate_run(args, run, run.write)
+        keep_best(run, out)
     with open(out / "metrics.jsonl", "a") as file:
         file.write(as_json(line))
     with only_to_look_at(f"--log {args.log} failed"):
@@ -122,6 +124,16 @@ def publish(args, run):
         if looked_at or step == 1:
             with only_to_look_at("no picture"):
                 pictures.draw(out, run.history, crossing(run.history[0]))
+
+
+def keep_best(run, out):
+    """If the step that was just evaluated is the best so far, and was saved, its checkpoint is best.pt too."""
+    newest = out / f"checkpoint_{last_step(run):06d}.pt"
+    at_1 = [line["eval_strict_pass@1"] for line in run.history if "eval_curve" in line]
+    if newest.exists() and at_1[-1] == max(at_1):
+        with only_to_look_at("best.pt is not kept"):
+            (out / "best.pt").unlink(missing_ok=True)
+            os.link(newest, out / "best.pt")  # a second name: it takes no room and no time
 
 
 def as_json(line):
@@ -177,7 +189,7 @@ def report(args, run, line):
           f"({', '.join(by)})   {seconds[-1]:.1f} s, {left} left{held_out}", flush=True)
 
 
-def warn(args, run, turn):
+def warn(args, run, step):
     """Prints what is amiss with the newest step."""
     say, line = partial(print, "warning:", file=sys.stderr), run.history[-1]
     recent = [past for past in run.history if past["step"]][-3:]
@@ -185,7 +197,7 @@ def warn(args, run, turn):
         say(f"{line['truncated']:.0%} of the rollouts were cut at --max-new-tokens {args.max_new_tokens}, "
             "perhaps before an answer")
     if line["skipped_updates"]:
-        say(f"{line['skipped_updates']} updates skipped, loss or gradient not finite; problems {turn.batch}")
+        say(f"{line['skipped_updates']} updates skipped, loss or gradient not finite; problems {step.batch}")
     if len(recent) > 2 and not any(past["groups_informative"] for past in recent):
         say("nothing was learnt in three steps: in every group all rewards were equal. Do the rollouts in "
             f"{args.out}/rollouts.html end with an answer? Are the problems too hard, or too easy?")

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from model import Config, Transformer, merge_lora
+from plumbing.text import turn_ends
 
 
 def directory_of(source):
@@ -24,7 +25,7 @@ def directory_of(source):
         return Path(snapshot_download(str(source), allow_patterns=files))
     except Exception as error:  # no such name, a gated one, no connection: each raises something else
         why = " ".join(str(error).split())
-        raise ValueError(f"no such directory, and the hub says: {type(error).__name__}, {why}") from error
+        raise ValueError(f"no such directory, and the hub says: {why}") from error
 
 
 def hf_weights(model):
@@ -94,6 +95,7 @@ def load(source, device="cpu", dtype=torch.float32):
         generation = directory / "generation_config.json"
         stops = json.loads(generation.read_text()).get("eos_token_id") if generation.exists() else None
         stops = {*(stops if isinstance(stops, list) else [stops]), tokenizer.eos_token_id} - {None}
+        stops |= turn_ends(tokenizer)
         if not stops <= set(range(model.num_tokens)):
             raise ValueError(f"stop tokens {sorted(stops)} are not all below {model.num_tokens}")
     except torch.OutOfMemoryError:

@@ -23,9 +23,10 @@ from tqdm import tqdm
 
 from model import Config, Transformer
 from plumbing.checkpoint import save
-from plumbing.survival import one_line, pick_device
+from plumbing.terminal import one_line, pick_device
 from plumbing.tasks import TOPICS, WRITERS
-from reward import SYNTHETIC, Problem, save_problems
+from plumbing.problems import save_problems
+from reward import SYNTHETIC, Problem
 
 # Width, layers. The learner is large enough to memorise the writers' habits, the explorer too small for that
 # and just large enough to execute what it writes. On `habit` pass@k crosses over, on `natural` it does not.

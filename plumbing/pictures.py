@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from plumbing.survival import FREE, write_whole
+from plumbing.files import write_whole
+from plumbing.survival import FREE
 from plumbing.text import decode, pieces, printable
 
 GROUPS, STEPS, TOKENS = 4, 6, 256  # shown: groups of a step, steps on the page, leading tokens of a rollout
@@ -46,10 +47,9 @@ STYLE = "\n".join(f"#{name}:checked ~ main .{name[0]}{level + 5} {{background: {
                   for name in ("gap", "ratio") for level in range(-5, 6) if level)
 
 
-def note(out, turn, rollouts, scores, advantages, tokens, tokenizer):
-    """Writes out/rollouts/step_N.json, of the groups that moved most, and the page. rollouts [P, G], scores
-    [P, G, 3], advantages [P, G] and tokens, {name: [P, G, T]}, are train.train's."""
-    shades = {name: tokens[name].nan_to_num() for name in SHOWN}
+def note(out, step, tokenizer):
+    """Writes out/rollouts/step_N.json, of the groups of a step that moved most, and the page."""
+    rollouts, shades = step.rollouts, {name: step.tokens[name].nan_to_num() for name in SHOWN}
     shades["ratio"] = shades["ratio"].masked_fill(shades["ratio"] == 0, 1)  # 0: not trained on
     moved = (shades["ratio"] - 1).abs().flatten(1).amax(1)  # [P, G, T] -> [P]
     groups = []
@@ -58,13 +58,13 @@ def note(out, turn, rollouts, scores, advantages, tokens, tokenizer):
         for g, length in enumerate(rollouts.lengths[p].clamp(max=TOKENS).tolist()):
             values = {name: shades[name][p, g, :length].tolist() for name in SHOWN}
             text = pieces(rollouts.ids[p, g, :length].tolist(), tokenizer)
-            who = "explorer" if rollouts.from_explorer[p, g] else "learner"
-            group.append({"who": who, "reward": scores[p, g, 0].item(), "advantage": advantages[p, g].item(),
-                          "length": rollouts.lengths[p, g].item(), "tokens": text, **values})
-        problem = turn.problems[p]
+            group.append({"who": "explorer" if rollouts.from_explorer[p, g] else "learner", "tokens": text,
+                          "reward": step.scores[p, g, 0].item(), "advantage": step.advantages[p, g].item(),
+                          "length": rollouts.lengths[p, g].item(), **values})
+        problem = step.problems[p]
         groups.append({"question": problem.question, "answer": problem.answer, "rollouts": group})
-    step = json.dumps({"step": turn.step, "groups": groups})
-    write_whole(out / "rollouts" / f"step_{turn.step:06d}.json", lambda file: file.write(step.encode()))
+    record = json.dumps({"step": step.number, "groups": groups})
+    write_whole(out / "rollouts" / f"step_{step.number:06d}.json", lambda file: file.write(record.encode()))
     write_page(out)
 
 
@@ -102,14 +102,15 @@ def write_page(out):
     write_whole(Path(out, "rollouts.html"), lambda file: file.write(page.encode()))
 
 
-def show_rollouts(problems, rollouts, scores, tokenizer):
+def show_rollouts(step, tokenizer):
     """Prints the best and the worst rollout of the first group that has different rewards, if one has."""
-    rewards, texts = scores[..., 0], decode(rollouts, tokenizer)
+    rewards, rollouts, texts = step.scores[..., 0], step.rollouts, decode(step.rollouts, tokenizer)
     p = int((rewards.amax(1) > rewards.amin(1)).int().argmax())  # [P, G] -> [P] -> its first 1
     for name, g in (("best", int(rewards[p].argmax())), ("worst", int(rewards[p].argmin()))):
         who = "explorer" if rollouts.from_explorer[p, g] else "learner"
         print(f"  {name}: the {who}'s, reward {rewards[p, g]:g}: {printable(texts[p][g])[-500:]}")
-    print(f"  of the question {problems[p].question[:500]!r}, whose answer is {problems[p].answer!r}")
+    problem = step.problems[p]
+    print(f"  of the question {problem.question[:500]!r}, whose answer is {problem.answer!r}")
 
 
 # ---- curves ------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ beside it pool.jsonl.settings.json, which says how they were sampled.
 """
 import hashlib
 import json
+import math
 import re
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from anneal import explorer_share, split_group
-from plumbing.survival import batch_of
+from plumbing.steps import batch_of
+from plumbing.text import cut
 from sample import Rollouts
 
 
@@ -22,17 +24,21 @@ def open_pool(args, run):
     it is no pool, or has too little for this run. A resumed run must find the same rollouts and settings."""
     path, note, theirs = args.explorer, Path(args.explorer + ".settings.json"), run.stops
     places, digest = index(path)
-    writer, settings = "EXPLORER", ""
+    writer, settings, known = "EXPLORER", "", True
     if note.exists():
         try:
             settings = note.read_text()
             writer, theirs = (json.loads(settings)[key] for key in ("model", "stops"))
+            known = json.loads(settings).get("log_probs", True)
             if not all(type(i) is int and 0 <= i < run.learner.num_tokens for i in theirs):
                 raise ValueError(f"stops {theirs} are not tokens of the learner")
         except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise ValueError(f"{note}: no settings of a pool: {error!r:.200}") from error
     else:
-        print(f"{path} has no settings beside it: taken for its stop tokens are the learner's, {theirs}")
+        print(f"{path} has no settings beside it: so its stop tokens are assumed to be the learner's, {theirs}")
+    if not known and args.off_policy in ("behaviour", "truncated", "geometric"):
+        raise ValueError(f"--off-policy {args.off_policy} needs the log-probabilities of the explorer's tokens, "
+                         f"which {path} does not have")
     run.hashes["explorer"] = hashlib.sha256((digest + settings).encode()).hexdigest()[:16]
     run.stops = tuple(sorted({*run.stops, *theirs}))  # as in train.open_explorer
 
@@ -95,19 +101,23 @@ def draw(path, places, run, max_new_tokens, prompts, n, generator):
     ids, logps = (pad_sequence([torch.tensor(row[:max_new_tokens]) for row in rows], batch_first=True)
                   for rows in zip(*records))  # [P*n, T] each
     fields = ids, lengths, logps, finished, torch.zeros_like(finished)
-    return Rollouts(*(x.unflatten(0, (len(prompts), n)).to(run.learner.head.device) for x in fields))
+    rollouts = Rollouts(*(x.unflatten(0, (len(prompts), n)) for x in fields))
+    rollouts = cut(rollouts, run.until) if run.until else rollouts
+    return Rollouts(*(x.to(run.learner.head.device) for x in vars(rollouts).values()))
 
 
 def read(line, prompt, num_tokens, stops):
     """(token ids, log-probs) of a record. ValueError says what is wrong with it."""
     record = json.loads(line)
     ids, logps = record["response_ids"], record["small_model_log_probs"]
+    unknown, logps = logps is None, [0.0] * len(ids) if logps is None else logps
     if record["prompt_ids"] != prompt:
         raise ValueError("it answers another prompt: has the file changed?")
     if not all(type(i) is int and 0 <= i < num_tokens for i in ids):
         raise ValueError("it holds tokens that the learner has not")
-    if any(i in stops for i in ids[:-1]):
-        raise ValueError("it goes on after a stop token")
     if not 0 < len(ids) == len(logps) or not all(type(x) in (int, float) and x < 0.1 for x in logps):
         raise ValueError("it needs tokens, and for each a log-prob that is not above 0 and no NaN")
-    return ids, [float(max(x, -1e4)) for x in logps]  # -inf, of a sampler that rounds, makes infinite ratios
+    first = next((place for place, i in enumerate(ids) if i in stops), len(ids))
+    ids, logps = ids[:first + 1], logps[:first + 1]  # its writer may have had fewer stop tokens
+    # -inf, of a sampler that rounds, makes infinite ratios. NaN: recipes.pool_import does not know them
+    return ids, [math.nan if unknown else float(max(x, -1e4)) for x in logps]

@@ -17,90 +17,26 @@ import signal
 import sys
 import time
 import zipfile
-from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 
-LEARNER, EXPLORER, MINIBATCH, EVALUATION, ADAPTER = range(5)  # what a random stream is for
+from model import add_lora
+from plumbing.checkpoint import fingerprint, load
+from plumbing.files import write_whole
+from plumbing.steps import last_step
+
 FREE = {"resume", "out", "log", "steps", "device", "compile", "eval_every", "save_every", "rollout_rows",
         "micro_batch_tokens", "checkpoint_layers", "id"}  # settings that a resumed run may change
 KNOWN_BY_HASH = {"learner", "explorer", "data", "eval_data"}  # wherever they lie now
 
 
-# ---- what depends on (seed, step) alone --------------------------------------------------------------------
-
-def generator(seed, step, purpose):
-    """A CPU torch.Generator of its own for every use of randomness."""
-    state = np.random.SeedSequence([seed, step, purpose]).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state >> np.uint64(1)))
-
-
-def batch_of(step, size, count, seed):
-    """Indices of the step's problems: each comes once, in an order shuffled anew, before any comes again."""
-    positions = range((step - 1) * size, step * size)
-    epochs = {position // count for position in positions}
-    orders = {epoch: np.random.default_rng([seed, epoch]).permutation(count) for epoch in epochs}
-    return [int(orders[position // count][position % count]) for position in positions]
-
-
-def last_step(run):
-    return run.history[-1]["step"] if run.history else 0
-
-
-@dataclass
-class Turn:
-    """A step of training: which problems, their random streams, and how long its phases take."""
-    step: int
-    batch: list        # [P] indices of its problems
-    problems: list     # [P]
-    prompts: list      # [P] their token ids
-    random: object     # random(purpose): a generator of its own for each
-    seconds: dict = field(default_factory=dict)
-    since: float = field(default_factory=time.perf_counter)
-
-    def lap(self, phase):
-        """Counts the time since the last lap as that phase's."""
-        now = time.perf_counter()
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self.since
-        self.since = now
-
-
-def turns(args, run):
-    """The steps that this run has still to do."""
-    for step in range(last_step(run) + 1, args.steps + 1):
-        batch = batch_of(step, args.prompts_per_step, len(run.problems), args.seed)
-        problems, prompts = [run.problems[i] for i in batch], [run.prompts[i] for i in batch]
-        yield Turn(step, batch, problems, prompts, partial(generator, args.seed, step))
-
-
 # ---- a run's directory -------------------------------------------------------------------------------------
-
-def write_whole(path, write):
-    """write(file), so that `path` then holds all of it, or what it held before, whatever happens."""
-    beside = path.with_name(path.name + ".partial")
-    with open(beside, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())  # else a power cut may leave the name of an empty file
-    os.replace(beside, path)
-
-
-def whole_lines(path):
-    """The lines of a file that is written line by line. A last one that was cut short is cut off."""
-    text = path.read_bytes() if path.exists() else b""
-    whole = text[:text.rfind(b"\n") + 1]
-    if whole != text:
-        write_whole(path, lambda file: file.write(whole))
-    return whole.decode().splitlines()
-
 
 def settings_of(out):
     """The settings of the run in `out`, as its first start left them; {} if there is none."""
-    path = Path(out, "config.json")
-    return json.loads(path.read_text()) if path.exists() else {}
+    path = Path(out or "", "config.json")
+    return json.loads(path.read_text()) if out and path.exists() else {}
 
 
 def check_place(out, resume):
@@ -110,6 +46,8 @@ def check_place(out, resume):
         raise ValueError(f"--out {out} is a file, not a directory")
     if there and resume and not (out / "config.json").exists():
         raise ValueError(f"--resume: {out} holds no run")
+    if resume and not there:
+        print(f"{out} holds no run yet: a new one begins")
     if there and not resume:
         raise ValueError(f"{out} is there already: --resume continues a run, another --out begins one")
 
@@ -126,6 +64,7 @@ def new_directory():
 def claim(args, run):
     """Makes args.out this run's, or takes up the run in it. ValueError if that was another experiment."""
     settings = vars(args) | {f"hash_of_{name}": value for name, value in run.hashes.items()}
+    settings["stops"] = list(run.stops)
     if before := settings_of(args.out):
         if changed := [f"{name} {before.get(name)} -> {settings[name]}"
                        for name in sorted(settings.keys() - FREE - KNOWN_BY_HASH)
@@ -135,8 +74,9 @@ def claim(args, run):
     args.out = args.out or str(new_directory())
     args.id = settings["id"] = before.get("id") or f"{Path(args.out).name}-{os.urandom(4).hex()}"
     out = Path(args.out)
-    (out / "rollouts").mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     write_whole(out / "config.json", lambda file: file.write(json.dumps(settings, indent=2).encode()))
+    (out / "rollouts").mkdir(exist_ok=True)
     for path in (out / "rollouts").glob("step_*.json"):  # of steps to come again
         if int(path.stem.removeprefix("step_")) > last_step(run):
             path.unlink()
@@ -179,7 +119,29 @@ def restore(run, out):
     print(f"resumed   after step {last_step(run)}")
 
 
-# ---- signals, and errors in one line -----------------------------------------------------------------------
+def load_any(source, device="cpu", dtype=torch.float32):
+    """(model, tokenizer, stops) of a checkpoint, as `load`; of a run's directory, as its newest checkpoint left
+    the learner; or of one of its checkpoints, runs/x/checkpoint_000020.pt."""
+    path = Path(source)
+    out = path.parent if path.suffix == ".pt" else path
+    if "learner" not in (settings := settings_of(out)):
+        return load(source, device, dtype)
+    if not (files := [path] if path.is_file() else checkpoints(out)):
+        raise ValueError(f"{source}: the run has no such checkpoint")
+    model, tokenizer, base_stops = load(settings["learner"], device, dtype)
+    same_dtype = settings["dtype"] == str(dtype).removeprefix("torch.")  # of which the fingerprint is
+    if same_dtype and fingerprint(model, tokenizer, base_stops) != settings["hash_of_learner"]:
+        raise ValueError(f"{settings['learner']} is no longer the model that {out} began with")
+    if settings["lora_rank"]:
+        add_lora(model, settings["lora_rank"], torch.Generator())
+    saved = torch.load(files[0], map_location="cpu", weights_only=True)["weights"]
+    with torch.no_grad():
+        for weight, master in zip((w for w in model.parameters() if w.requires_grad), saved, strict=True):
+            weight.copy_(master)
+    return model, tokenizer, tuple(settings["stops"])
+
+
+# ---- signals -----------------------------------------------------------------------------------------------
 
 def listen(run):
     """Ctrl-C and SIGTERM raise KeyboardInterrupt; while the run is busy, `settle` does so as soon as it no
@@ -202,52 +164,3 @@ def settle(run):
     run.busy = False
     if run.stopped:
         raise KeyboardInterrupt
-
-
-def pick_device(name):
-    """`auto` takes CUDA, then Apple's MPS, then the CPU. ValueError for a device that is not there."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        probe = torch.zeros(1, device=name)
-        probe.item()  # which `meta` cannot give
-        return str(probe.device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
-
-
-def out_of_memory(error):
-    """Whether an exception says that memory ran out. Every allocator has its own words for it."""
-    return isinstance(error, MemoryError) or any(
-        words in str(error) for words in ("out of memory", "can't allocate", "ALLOC_FAILED"))
-
-
-@contextlib.contextmanager
-def one_line(program, users=(ValueError, OSError), memory="sample fewer rollouts at once, or shorter ones"):
-    """Within it an error that the user can mend ends the program with one line. Exit codes: 2 bad input or a
-    full disk, 3 out of memory, 4 NaN, 130 Ctrl-C. All other errors are bugs, and keep their traceback. What a
-    terminal cannot show is spelled out, where it would be an error of its own."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
-    try:
-        yield
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except Exception as error:
-        if isinstance(error.__context__, OSError) and isinstance(error, RuntimeError):
-            error = error.__context__  # a full disk, over which torch.save raises its own
-        if isinstance(error, FloatingPointError):
-            code, why = 4, error
-        elif out_of_memory(error):
-            code, why = 3, f"out of memory: {memory}"
-        elif isinstance(error, users):
-            code, why = 2, error
-        else:
-            raise
-        fail(program, code, why)
-
-
-def fail(program, code, error):
-    print(f"{program}: error: {str(error).partition(chr(10))[0]}", file=sys.stderr)
-    sys.exit(code)

@@ -6,7 +6,7 @@
 
 An *arm* is a set of train.py's flags and, for some, a loop or an explorer of another recipe. A *run* is one
 arm at one learning rate on one base pair with one RL seed. A *base pair* is an explorer and a learner that
-recipes/family.py pretrains from one seed: own corpus, own table of habits, own initial weights, own problems.
+plumbing/family.py pretrains from one seed: its own corpus, table of habits, initial weights and problems.
 Rates are chosen on pair 0 and used on others, the first from pair 10 on that qualify. Every arm is shown at
 one rate for all and at its own best rate out of the same grid.
 
@@ -43,6 +43,7 @@ from plumbing import pictures
 from plumbing.books import open_books
 from plumbing.checkpoint import load
 from plumbing.pictures import new_figure, plot_curves
+from plumbing.problems import load_problems
 from recipes.explorers import open_fleet, thinned
 from recipes.measured import measured
 from recipes.pairs import FIRST_PAIR, LADDER, RUNS, directory, make_member, measure, qualified
@@ -350,7 +351,8 @@ def crossover(name, args):
             "task": task, "pairs": pairs, "k": ks, "pass@k": curves, "leads": leads,
             "95%": {member: values.tolist() for member, values in bands.items()}})
         if figure := new_figure(1):
-            plot_curves(figure[1], curves, f"base models of `{task}`", find_crossover(ks, *list(curves.values())[:2]))
+            crossing = find_crossover(ks, *list(curves.values())[:2])
+            plot_curves(figure[1], curves, f"base models of `{task}`", crossing)
             for low, high in bands.values():
                 figure[1].fill_between(ks, low, high, alpha=0.2)
             figure[0].savefig(path.with_suffix(".png"), dpi=110)
@@ -366,7 +368,7 @@ def compute(name, args):
             base = directory(task, pair)
             size = {who: sum(p.numel() for p in load(base / who)[0].parameters())
                     for who in ("explorer", "learner")}
-            prompt = 8 * len(reward.load_problems(base / "train.jsonl")[0].question)  # a step's
+            prompt = 8 * len(load_problems(base / "train.jsonl")[0].question)  # a step's
             lines = path_of(task, pair, arm, rates(task, arm)[0], seed).read_text().splitlines()
             steps = [line for line in map(json.loads, lines) if line["step"]]
             flops = sum(2 * size[who] * (line[f"rollouts_{who}"] * line[f"length_{who}"] + prompt)

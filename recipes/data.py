@@ -2,19 +2,23 @@
 
     python -m recipes.data gsm8k --out data/gsm8k.jsonl                a name of HUB, downloaded
     python -m recipes.data somewhere/math.parquet --out data/math.jsonl
+    python -m recipes.data gsm8k math:2000 --out data/both.jsonl       a mixture: 2,000 problems of the second
 
-Reads JSONL, JSON arrays and parquet, a file or a directory of them, in the layouts of GSM8K, MATH,
-OlympiadBench, CommonsenseQA, DAPO-Math-17k and prompt/completion. It leaves out and counts problems that come
-again and those whose answers no response can match, such as proofs. Other fields of a record are not kept.
+Reads JSONL, JSON arrays, CSV and parquet, a file or a directory of them, in the layouts that docs/data.md
+shows. It leaves out and counts problems that come again and those whose answers no response can match, such as
+proofs. Other fields of a record are not kept.
 """
 import argparse
+import csv
 import difflib
+import io
 import json
+import random
 import re
 from fnmatch import fnmatch
 from pathlib import Path
 
-from reward import as_problem, matchable, save_problems
+from plumbing.problems import as_problem, matchable, save_problems
 
 HUB = {  # name: data set on the Hugging Face hub, and which of its files
     "gsm8k": ("openai/gsm8k", "main/train*"), "gsm8k-test": ("openai/gsm8k", "main/test*"),
@@ -24,7 +28,7 @@ HUB = {  # name: data set on the Hugging Face hub, and which of its files
     "aime24": ("HuggingFaceH4/aime_2024", "data/train*"), "aime25": ("math-ai/aime25", "test.jsonl"),
     "olympiadbench": ("Hothan/OlympiadBench", "*OE_TO_maths_en_COMP*.parquet"),
     "commonsenseqa": ("tau/commonsense_qa", "data/validation*")}
-READ = (".jsonl", ".json", ".parquet")
+READ = (".jsonl", ".json", ".csv", ".parquet")
 
 
 def download(name):
@@ -33,9 +37,10 @@ def download(name):
     repository, pattern = HUB[name]
     try:
         folder = Path(snapshot_download(repository, repo_type="dataset", allow_patterns=pattern))
-    except Exception as error:  # whatever a lost connection raises
-        raise ValueError(f"{name} cannot be downloaded ({type(error).__name__}): give the path of {pattern} "
-                         f"of https://huggingface.co/datasets/{repository}") from error
+    except Exception as error:  # a lost connection, a gated repository: the hub says which
+        why = " ".join(str(error).split())
+        raise ValueError(f"{name} cannot be downloaded: {why:.200}. Or give the path of {pattern} of "
+                         f"https://huggingface.co/datasets/{repository}") from error
     # The same folder holds what was downloaded by other patterns: the test set, say.
     return sorted(path for path in folder.rglob("*") if fnmatch(path.relative_to(folder).as_posix(), pattern))
 
@@ -59,10 +64,7 @@ def files_of(source):
     if len(splits) > 1:
         raise ValueError(f"{source} holds {' and '.join(sorted(splits))} files: give the path of one of them")
     if not found:
-        csv = [f": python -c \"import pandas; pandas.read_csv('{file}').to_json('data.jsonl', "
-               "orient='records', lines=True)\" makes JSONL of it" for file in files if file.suffix == ".csv"]
-        raise ValueError(f"{source} holds {', '.join(sorted(kinds)) or 'nothing'}, and read are "
-                         f"{', '.join(READ)}{''.join(csv[:1])}")
+        raise ValueError(f"{source} holds {', '.join(sorted(kinds)) or 'nothing'}, and read are {', '.join(READ)}")
     return found
 
 
@@ -75,6 +77,8 @@ def records(path):
             raise ValueError("`pip install pyarrow` reads parquet") from None
         return (record for batch in parquet.ParquetFile(path).iter_batches() for record in batch.to_pylist())
     text = path.read_text(encoding="utf-8-sig")
+    if path.suffix == ".csv":
+        return csv.DictReader(io.StringIO(text, newline=""))
     if text.lstrip().startswith("["):
         return json.loads(text)
     return text.split("\n")  # not splitlines: U+2028 in a text ends no line
@@ -82,34 +86,44 @@ def records(path):
 
 def unified(record):
     """{question, answer, task} of a record in any known layout. ValueError says what it has instead."""
-    said = lambda x: x[-1]["content"] if isinstance(x, list) else x  # the last message of a chat
     try:
         if "choices" in record:  # CommonsenseQA
             choices = zip(record["choices"]["label"], record["choices"]["text"])
             question = "\n".join([record["question"], *(f"{label}. {text}" for label, text in choices)])
             return {"question": question, "answer": record["answerKey"], "task": "choice"}
-        if "completion" in record:
-            question, answer, task = said(record["prompt"]), said(record["completion"]), "math"
-        elif "prompt" in record:  # DAPO-Math-17k in both its layouts; the question says how to answer
-            question, task = said(record["prompt"]), "instructed"
-            answer = record["label"] if "label" in record else record["reward_model"]["ground_truth"]
-        else:
-            question, task = record["question"] if "question" in record else record["problem"], "math"
-            answers = [record[name] for name in ("answer", "final_answer", "solution") if name in record]
-            answer = next((answer for answer in answers if answer is not None), answers[0])
+        question = said(next(record[name] for name in ("question", "problem", "prompt") if name in record))
+        names = ("completion", "answer", "final_answer", "label", "solution")
+        answers = [record[name] for name in names if name in record]
+        if "ground_truth" in (record.get("reward_model") or ()):  # verl's, whose `solution` may be a whole one
+            answers.insert(0, record["reward_model"]["ground_truth"])
+        answer = said(next((answer for answer in answers if answer is not None), answers[0]))
         answer = ", ".join(filter(None, answer)) if isinstance(answer, list) else answer  # OlympiadBench
-        return {"question": question, "answer": answer, "task": record.get("task", task)}
-    except (KeyError, TypeError, IndexError, AttributeError):
+        asks = record.get("prompt") and re.search(r"answer:|\\boxed|####", question, re.IGNORECASE)
+        return {"question": question, "answer": answer,
+                "task": record.get("task", "instructed" if asks else "math")}
+    except (KeyError, TypeError, IndexError, AttributeError, StopIteration):
         found = ", ".join(record) if isinstance(record, dict) else type(record).__name__
         raise ValueError(f"no known layout but {found}: rename fields to `question` and `answer`") from None
 
 
-def convert(source, out):
-    """Writes `out`, which must not be there. ValueError or OSError in one line."""
-    problems, count, out = {}, 0, Path(out)
-    if out.exists():
-        raise ValueError(f"{out} is there already")
-    for path in files_of(source):
+def said(x):
+    """The text of a chat's last message, behind its system's. Other things as they are. ValueError for a chat of
+    several turns."""
+    if not (isinstance(x, list) and x and isinstance(x[0], dict)):
+        return x
+    *before, last = x
+    if any(message["role"] != "system" for message in before):
+        raise ValueError("a chat of several turns: only one question with one answer can be trained on")
+    return "\n\n".join(message["content"] for message in x)
+
+
+def read_all(source):
+    """({Problem: None} of a name, a file or a directory, how many records that were). SOURCE:COUNT takes so many
+    problems of it, by chance. ValueError or OSError in one line."""
+    name, _, least = source.rpartition(":")
+    name, size = (name, int(least)) if name and least.isdigit() else (source, None)
+    problems, count = {}, 0
+    for path in files_of(name):
         number = 0
         try:
             for number, record in enumerate(records(path), 1):
@@ -120,15 +134,29 @@ def convert(source, out):
         except ValueError as error:  # of pyarrow too
             raise ValueError(f"{path}, record {number}: {error}") from error
         print(f"read {path}")
-    kept = matchable(problems, source)
+    kept = matchable(problems, name)
+    if size is not None and size > len(kept):
+        raise ValueError(f"{source}: there are only {len(kept)} problems")
+    return dict.fromkeys(random.Random(0).sample(kept, size) if size else kept), count
+
+
+def convert(sources, out):
+    """Writes `out`, which must not be there. ValueError or OSError in one line."""
+    problems, count, out = {}, 0, Path(out)
+    if out.exists():
+        raise ValueError(f"{out} is there already")
+    for source in sources:
+        more, records = read_all(source)
+        problems, count = problems | more, count + records
     out.parent.mkdir(parents=True, exist_ok=True)
-    save_problems(kept, out)
-    print(f"{out}: {len(kept):,} problems of {count:,} records; {count - len(problems):,} came again")
+    save_problems(problems, out)
+    print(f"{out}: {len(problems):,} problems of {count:,} records")
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Convert a published data set to JSONL.")
-    parser.add_argument("source", help=f"a file, a directory, or one of {', '.join(HUB)}")
+    parser = argparse.ArgumentParser(description="Convert published data sets to JSONL.")
+    parser.add_argument("source", nargs="+",
+                        help=f"a file, a directory, or one of {', '.join(HUB)}; SOURCE:COUNT takes so many of it")
     parser.add_argument("--out", required=True, help="JSONL to write")
     args = parser.parse_args(argv)
     try:

@@ -1,7 +1,7 @@
 #!/bin/sh
 # One 24 GB card: Qwen3-0.6B-Base explores for Qwen3-1.7B-Base on GSM8K, with LoRA.
-# Memory (estimated, recipes/plan.py): 10.2 GiB while sampling, 7.1 GiB in the update. Time (estimated from its
-# FLOPs at a third of an RTX 4090's peak, and 20 ms a decoding step): 1.4 minutes a step, 2.4 hours a run.
+# Memory (estimated, recipes/plan.py): 10.2 GiB while sampling, 7.1 GiB in the update. Time (estimated from
+# its FLOPs at a third of an RTX 4090's peak, and 20 ms a decoding step): 1.4 minutes a step, 2.4 hours a run.
 # Result: not measured.
 set -e
 mkdir -p data
@@ -13,7 +13,7 @@ FLAGS="--learner Qwen/Qwen3-1.7B-Base --data data/gsm8k.jsonl --eval-data data/g
  --lr 1e-5 --dtype bfloat16 --lora-rank 32 --kl-coef 0.001 --checkpoint-layers --micro-batch-tokens 8192
  --rollout-rows 64 --compile"
 EXPLORER="--explorer Qwen/Qwen3-0.6B-Base --explorer-temperature 0.7 --explorer-top-p 0.95"
-python recipes/plan.py --prompt-tokens 200 $FLAGS $EXPLORER
+python -m recipes.plan --prompt-tokens 200 $FLAGS $EXPLORER
 python train.py $FLAGS $EXPLORER --out runs/gsm8k-s2lpo
 python train.py $FLAGS --explorer none --out runs/gsm8k-grpo
 python eval.py --model runs/gsm8k-s2lpo/learner runs/gsm8k-grpo/learner --data data/gsm8k-test.jsonl \

@@ -13,6 +13,6 @@ FLAGS="--learner Qwen/Qwen3-4B-Base --data data/dapo-math-17k.jsonl --eval-data 
  --lr 1e-5 --dtype bfloat16 --lora-rank 64 --checkpoint-layers --micro-batch-tokens 8192 --rollout-rows 128
  --compile"
 EXPLORER="--explorer Qwen/Qwen3-1.7B-Base --explorer-temperature 0.7 --explorer-top-p 0.95"
-python recipes/plan.py --prompt-tokens 300 $FLAGS $EXPLORER
+python -m recipes.plan --prompt-tokens 300 $FLAGS $EXPLORER
 python train.py $FLAGS $EXPLORER --out runs/dapo-s2lpo
 python train.py $FLAGS --explorer none --out runs/dapo-grpo

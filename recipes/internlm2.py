@@ -13,7 +13,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 
 from plumbing.checkpoint import directory_of
-from plumbing.survival import one_line
+from plumbing.terminal import one_line
 
 NAMES = {"tok_embeddings": "embed_tokens", "output.weight": "lm_head.weight",
          "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",

@@ -6,9 +6,11 @@ alpha = e / (e + l), where e is the share of groups that only the explorer solve
 learner solved. Groups are counted, not mean rewards, which would never let the explorer go: even a beaten one
 is right now and then. docs/worth.md measured this schedule; that it gains anything was not shown.
 """
+import sys
+
 from anneal import split_group
 from plumbing.books import keep_books
-from plumbing.survival import EXPLORER, LEARNER, turns
+from plumbing.steps import EXPLORER, LEARNER, steps
 from sample import join
 from train import learn, main, writer
 
@@ -16,19 +18,20 @@ from train import learn, main, writer
 def measured(args, run, explore):
     """train.train with another share. The learner writes at least one rollout of each group: else nobody can
     say what it would have solved."""
-    own = writer(args, run, run.learner, args.temperature)
-    for turn in turns(args, run):
+    write = writer(args, run, run.learner, args.temperature)
+    for step in steps(args, run):
         share = measured_share(run.history) if explore else 0.0
         n_explorer = min(split_group(share, args.group_size)[0], args.group_size - 1)
-        parts = [explore(turn.prompts, n_explorer, turn.random(EXPLORER))] if n_explorer else []
-        parts.append(own(turn.prompts, args.group_size - n_explorer, turn.random(LEARNER)))
+        parts = [explore(step.prompts, n_explorer, step.random(EXPLORER))] if n_explorer else []
+        parts.append(write(step.prompts, args.group_size - n_explorer, step.random(LEARNER)))
         rollouts = join(*parts)
-        keep_books(args, run, turn, {"share": share}, rollouts, *learn(run, turn, rollouts))
+        learn(run, step, rollouts)
+        keep_books(args, run, step, share=share)
 
 
 def measured_share(history, decay=0.8, least=0.1):
-    """alpha from the metrics of the steps so far, e and l smoothed over them. Below `least` the explorer leaves
-    for good: without rollouts of its own, e only falls from then on."""
+    """alpha from the metrics of the steps so far, e and l smoothed over them. Below `least` the explorer
+    leaves for good: without rollouts of its own, e only falls from then on."""
     e = l = 0.5
     for line in history:
         if line["step"]:
@@ -39,4 +42,5 @@ def measured_share(history, decay=0.8, least=0.1):
 
 
 if __name__ == "__main__":
-    main(loop=measured, recipe="measured")
+    all_of_it = ["--schedule", "constant", "--explorer-share", "1"]  # a pool must hold what may be asked of it
+    main([*all_of_it, *sys.argv[1:]], loop=measured, recipe="measured")

@@ -1,4 +1,4 @@
-"""Keeps a run going while nobody watches: when train.py has died, starts it again with --resume.
+"""Keeps a run going while nobody watches: when it has died, starts it again with --resume.
 
     python -m recipes.overnight --out runs/night [train.py's flags]
     python -m recipes.overnight recipes.rescue --out runs/night [its flags]
@@ -22,7 +22,7 @@ DONE, OUT_OF_MEMORY = (0, 2, 4, 130, 143, -2, -15), (3, 137, -9)  # -15: ended b
 def supervise(argv):
     """Runs the module that argv names, or train, until it is through. Returns its last exit code."""
     module, *flags = argv if argv and not argv[0].startswith("-") else ["train", *argv]
-    parser = argparse.ArgumentParser(description="Start train.py again when it dies. Takes all its flags.")
+    parser = argparse.ArgumentParser(description="Start a run again when it dies. Takes all its flags.")
     parser.add_argument("--out", type=Path, required=True, help="directory of the run")
     parser.add_argument("--resume", action="store_true", help="needless: given where there is a run")
     parser.add_argument("--micro-batch-tokens", type=int, default=8192, help="at first")
@@ -43,8 +43,8 @@ def supervise(argv):
         before = newest(own.out)
         resume = ["--resume"] if (own.out / "config.json").exists() else []
         limits = [str(part) for size in sizes.items() for part in size]
-        child = subprocess.Popen([sys.executable, "-m", module, *flags, "--out", str(own.out), *limits, *resume],
-                                 start_new_session=True)  # so that Ctrl-C comes once, by `forward`
+        command = [sys.executable, "-m", module, *flags, "--out", str(own.out), *limits, *resume]
+        child = subprocess.Popen(command, start_new_session=True)  # so that Ctrl-C comes once, by `forward`
         code = child.wait()
         if code in DONE:
             break

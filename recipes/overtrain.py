@@ -25,7 +25,7 @@ import torch
 
 from eval import crossover, headroom, pass_at_k, powers_of_two
 from plumbing.family import make_family
-from plumbing.survival import write_whole
+from plumbing.files import write_whole
 from recipes.claims import area, do, run_quietly
 from recipes.pairs import directory, measure
 from recipes.worth import ASSETS, RUNS

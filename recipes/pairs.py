@@ -1,6 +1,6 @@
 """Base pairs for the study of recipes/claims.py: made, measured and qualified before any RL.
 
-A pair is an explorer and a learner that recipes/family.py pretrains from one seed (own corpus, table of
+A pair is an explorer and a learner that plumbing/family.py pretrains from one seed (own corpus, table of
 habits, initial weights, problems) into runs/claims/TASK-SEED. Its relatives are other models pretrained on
 the same corpus, or (`noise`) on one with the same table and other writers.
 """
@@ -16,7 +16,7 @@ from plumbing.family import CORPUS, make_corpus, make_family, pretrain
 from plumbing.tasks import OPERATIONS, habit_solution
 from plumbing.text import encode_all
 from recipes.explorers import thinned
-from reward import load_problems
+from plumbing.problems import load_problems
 from sample import sample
 
 RUNS = Path("runs/claims")

@@ -19,7 +19,7 @@ mkdir -p data runs
 for NAME in dapo-math-17k aime24 aime25 commonsenseqa; do
     test -e data/$NAME.jsonl || python -m recipes.data $NAME --out data/$NAME.jsonl
 done
-accelerate launch --config_file recipes/fsdp2.yaml recipes/trl_s2lpo.py --out runs/paper-8gpu \
+accelerate launch --config_file recipes/fsdp2.yaml -m recipes.trl_s2lpo --out runs/paper-8gpu \
     --learner Qwen/Qwen3-8B-Base --explorer Qwen/Qwen3-1.7B-Base --data data/dapo-math-17k.jsonl \
     --steps 16 --mix-steps 8 --prompts-per-step 1024 --group-size 16 --minibatches 32 --max-new-tokens 4096 \
     --explorer-temperature 0.7 --explorer-top-p 0.95 --rollout-rows 64 --save-every 1 --save_total_limit 2 \

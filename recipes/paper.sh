@@ -2,7 +2,7 @@
 # The paper's settings on one card: Qwen3-1.7B-Base explores for Qwen3-8B-Base, DAPO-Math-17k in 16 steps of
 # 1,024 prompts, G = 16, T_mix = 8, responses up to 4,096 tokens, then AIME and CommonsenseQA. The explorer's
 # rollouts are sampled ahead, by as many machines as there are shards. --loss dapo: the authors' script leaves
-# verl's default, where every token weighs the same. recipes/separate.py in the place of train.py makes that
+# verl's default, where every token weighs the same. `-m recipes.separate` in the place of train.py makes that
 # script's two updates a step.
 # Not the paper's: LoRA, at ten times its learning rate. Memory (estimated, recipes/plan.py): 57 GiB while
 # sampling, 23 GiB in the update. All weights, as in the paper, take 173 GiB in the update, 158 without the
@@ -14,7 +14,7 @@ for NAME in dapo-math-17k aime24 aime25 commonsenseqa; do
     test -e data/$NAME.jsonl || python -m recipes.data $NAME --out data/$NAME.jsonl
 done
 for SHARD in 1 2 3 4 5 6 7 8; do  # each on a machine of its own, if there are
-    python recipes/pool.py --model Qwen/Qwen3-1.7B-Base --data data/dapo-math-17k.jsonl --n 16 \
+    python -m recipes.pool --model Qwen/Qwen3-1.7B-Base --data data/dapo-math-17k.jsonl --n 16 \
         --temperature 0.7 --top-p 0.95 --max-new-tokens 4096 --dtype bfloat16 --rollout-rows 128 \
         --shard $SHARD/8 --out runs/pool-$SHARD.jsonl
 done
@@ -24,7 +24,7 @@ FLAGS="--learner Qwen/Qwen3-8B-Base --explorer runs/pool.jsonl --data data/dapo-
  --mix-steps 8 --prompts-per-step 1024 --group-size 16 --minibatches 32 --max-new-tokens 4096 --lr 1e-5
  --lora-rank 64 --loss dapo --clip-low 0.2 --clip-high 0.2 --kl-coef 0.001 --temperature 1 --dtype bfloat16
  --checkpoint-layers --micro-batch-tokens 8192 --rollout-rows 64 --compile --save-every 1"
-python recipes/plan.py --prompt-tokens 300 $FLAGS
+python -m recipes.plan --prompt-tokens 300 $FLAGS
 python train.py $FLAGS --out runs/paper
 python eval.py --model runs/paper/learner Qwen/Qwen3-8B-Base Qwen/Qwen3-1.7B-Base --data data/aime24.jsonl \
     data/aime25.jsonl data/commonsenseqa.jsonl --mode nothink --n 16 --max-new-tokens 4096 --dtype bfloat16 \

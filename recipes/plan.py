@@ -19,9 +19,9 @@ import torch.nn.functional as F
 
 import train
 from anneal import explorer_share, split_group
-from grpo import micro_batches
 from model import Config, Transformer, add_lora, read_prompts
-from plumbing.survival import one_line
+from plumbing.optimizer import micro_batches
+from plumbing.terminal import one_line
 from sample import KVCache
 
 
@@ -39,7 +39,7 @@ def empty_model(source, dtype):
     try:
         with torch.device("meta"):
             return Transformer(Config.from_hf(json.loads(Path(path).read_text()))).to(dtype)
-    except (KeyError, TypeError, AttributeError) as error:  # a number or a name is missing, or of another kind
+    except (KeyError, TypeError, AttributeError) as error:  # something is missing, or of another kind
         raise ValueError(f"{path} is no configuration of a model: {error!r}") from error
 
 

@@ -17,9 +17,11 @@ import torch
 from tqdm import tqdm
 
 from plumbing.checkpoint import fingerprint, load
-from plumbing.survival import one_line, pick_device, write_whole
-from plumbing.text import decode, encode_all
-from reward import load_problems, score
+from plumbing.files import write_whole
+from plumbing.terminal import one_line, pick_device
+from plumbing.text import decode, encode_all, stop_texts
+from plumbing.problems import load_problems
+from reward import score
 from sample import check_lengths, sample
 
 AT_ONCE = 16  # problems: their rollouts are written whole or not at all, from random numbers of their own
@@ -31,6 +33,7 @@ def write_pool(args, shard, shards):
     problems = list(enumerate(load_problems(args.data)))[shard - 1::shards]
     prompts = encode_all([problem for _, problem in problems], tokenizer, args.thinking)
     check_lengths(model, prompts, args.max_new_tokens)
+    until = stop_texts(args.stop, tokenizer)
     out, note = Path(args.out), Path(args.out + ".settings.json")
     settings = {name: x for name, x in vars(args).items() if name not in ("out", "device", "rollout_rows")}
     settings |= {"weights": fingerprint(model, tokenizer, stops), "stops": stops,
@@ -52,8 +55,8 @@ def write_pool(args, shard, shards):
         for start in tqdm(range(done, len(problems), AT_ONCE), desc=args.out, mininterval=seconds):
             batch = problems[start:start + AT_ONCE]
             random = torch.Generator().manual_seed(args.seed * 1_000_003 + batch[0][0])
-            rollouts = sample(model, prompts[start:start + AT_ONCE], args.n, random, args.max_new_tokens, stops,
-                              args.temperature, top_p=args.top_p, rows=args.rollout_rows)
+            rollouts = sample(model, prompts[start:start + AT_ONCE], args.n, random, args.max_new_tokens,
+                              stops, args.temperature, top_p=args.top_p, rows=args.rollout_rows, until=until)
             for p, texts in enumerate(decode(rollouts, tokenizer)):
                 number, problem = batch[p]
                 for g, text in enumerate(texts):
@@ -78,6 +81,7 @@ def main(argv=None):
     add("--n", type=int, default=16, help="rollouts per problem")
     add("--shard", default="1/1", help="3/8: every eighth problem from the third on")
     add("--max-new-tokens", type=int, default=512, help="longest response")
+    add("--stop", nargs="+", default=[], help="texts that end a response; \\n is a new line")
     add("--temperature", type=float, default=1.0, help="the paper's is 0.7")
     add("--top-p", type=float, default=1.0, help="the paper's is 0.95")
     add("--rollout-rows", type=int, default=1024, help="rows sampled at once: lower it to save memory")

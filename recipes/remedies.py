@@ -16,35 +16,36 @@ from dataclasses import replace
 from anneal import explorer_share, split_group
 from grpo import advantages_of
 from plumbing.books import keep_books
-from plumbing.survival import EXPLORER, LEARNER, batch_of, fail, turns
+from plumbing.steps import EXPLORER, LEARNER, batch_of, steps
+from plumbing.terminal import fail
 from plumbing.text import decode
 from sample import join
-from train import learn, main, parse_flags, score_all, writer
+from train import learn, main, parse_flags, score_all, train, writer
 
 
-def groups_of(args, turn, explore, own, streams=None):
-    """(share, rollouts [P, G]) of a step, as train.train writes them. `streams`: the generators of explorer and
-    learner, where they go on from an earlier call."""
-    share = explorer_share(turn.step, args.mix_steps, args.schedule, args.explorer_share) if explore else 0.0
-    streams = streams or (turn.random(EXPLORER), turn.random(LEARNER))
+def groups_of(args, step, explore, own, streams=None):
+    """(share, rollouts [P, G]) of a step, as train.train writes them. `streams`: the generators of explorer
+    and learner, where they go on from an earlier call."""
+    share = explorer_share(step.number, args.mix_steps, args.schedule, args.explorer_share) if explore else 0.0
+    streams = streams or (step.random(EXPLORER), step.random(LEARNER))
     writers = zip((explore, own), split_group(share, args.group_size), streams)
-    return share, join(*(write(turn.prompts, n, stream) for write, n, stream in writers if n))
+    return share, join(*(write(step.prompts, n, stream) for write, n, stream in writers if n))
 
 
 def cooling(args, run, explore):
-    for turn in turns(args, run):
-        heat = args.temperature + (1 - args.temperature) * (turn.step - 1) / max(1, args.steps - 1)
-        share, rollouts = groups_of(args, turn, explore, writer(args, run, run.learner, heat))
-        found = learn(run, turn, rollouts, replace(run.objective, temperature=heat))
-        keep_books(args, run, turn, {"share": share, "temperature": heat}, rollouts, *found)
+    for step in steps(args, run):
+        heat = args.temperature + (1 - args.temperature) * (step.number - 1) / max(1, args.steps - 1)
+        share, rollouts = groups_of(args, step, explore, writer(args, run, run.learner, heat))
+        learn(run, step, rollouts, replace(run.objective, temperature=heat))
+        keep_books(args, run, step, share=share, temperature=heat)
 
 
 def maxrl(args, run, explore):
     own = writer(args, run, run.learner, args.temperature)
-    for turn in turns(args, run):
-        share, rollouts = groups_of(args, turn, explore, own)
-        found = learn(run, turn, rollouts, advantages=maxrl_advantages)
-        keep_books(args, run, turn, {"share": share}, rollouts, *found)
+    for step in steps(args, run):
+        share, rollouts = groups_of(args, step, explore, own)
+        learn(run, step, rollouts, advantages=maxrl_advantages)
+        keep_books(args, run, step, share=share)
 
 
 def maxrl_advantages(rewards, from_explorer=None, objective=None):
@@ -59,46 +60,45 @@ def entropy(args, run, explore):
     for weight in run.reference.parameters():
         weight.zero_()
     run.objective = replace(run.objective, kl_estimator="k2")
-    own = writer(args, run, run.learner, args.temperature)
-    for turn in turns(args, run):
-        share, rollouts = groups_of(args, turn, explore, own)
-        keep_books(args, run, turn, {"share": share}, rollouts, *learn(run, turn, rollouts))
+    train(args, run, explore)
 
 
 def dynamic(args, run, explore, redraws=3):
     """DAPO drops all-pass groups too, and goes on until the batch is full."""
     own = writer(args, run, run.learner, args.temperature)
-    for turn in turns(args, run):
-        streams = turn.random(EXPLORER), turn.random(LEARNER)
-        share, rollouts = groups_of(args, turn, explore, own, streams)
+    for step in steps(args, run):
+        streams = step.random(EXPLORER), step.random(LEARNER)
+        share, rollouts = groups_of(args, step, explore, own, streams)
         thrown_away = 0
         for attempt in range(1, redraws + 1):
-            right = score_all(turn.problems, decode(rollouts, run.tokenizer))[..., 1]  # [P, G]
+            right = score_all(step.problems, decode(rollouts, run.tokenizer))[..., 1]  # [P, G]
             if not (failed := (right.sum(1) == 0).nonzero().flatten().tolist()):
-                continue
+                break
             thrown_away += int(rollouts.lengths[failed].sum())
-            others = batch_of(turn.step, len(turn.batch), len(run.problems), args.seed + 10_000 * attempt)
-            order = list(range(len(turn.batch)))
+            others = batch_of(step.number, len(step.batch), len(run.problems), args.seed + 10_000 * attempt)
+            order = list(range(len(step.batch)))
             for place, i in enumerate(failed, len(order)):  # behind the groups that are there
-                turn.batch[i], order[i] = others[i], place
-                turn.problems[i], turn.prompts[i] = run.problems[others[i]], run.prompts[others[i]]
-            again = replace(turn, prompts=[turn.prompts[i] for i in failed])
+                step.batch[i], order[i] = others[i], place
+                step.problems[i], step.prompts[i] = run.problems[others[i]], run.prompts[others[i]]
+            again = replace(step, prompts=[step.prompts[i] for i in failed])
             rollouts = join(rollouts, groups_of(args, again, explore, own, streams)[1], dim=0)[order]
-        line = {"share": share, "tokens_thrown_away": thrown_away}
-        keep_books(args, run, turn, line, rollouts, *learn(run, turn, rollouts))
+        learn(run, step, rollouts)
+        keep_books(args, run, step, share=share, tokens_thrown_away=thrown_away)
 
 
 def raft(args, run, explore):
     """Ratio 1 and A = 1: the gradient is the log-likelihood's. A pass over all successes for each mini-batch
     that the objective has."""
-    own, supervised = writer(args, run, run.learner, args.temperature), replace(run.objective, minibatches=1)
-    for turn in turns(args, run):
-        share, rollouts = groups_of(args, turn, explore, own)
-        imitate, passes = (successes, args.minibatches) if share == 1 else (advantages_of, 1)
+    own = writer(args, run, run.learner, args.temperature)
+    for step in steps(args, run):
+        share, rollouts = groups_of(args, step, explore, own)
+        objective, advantages, passes = run.objective, advantages_of, 1
+        if share == 1:
+            objective, advantages, passes = replace(objective, minibatches=1), successes, args.minibatches
         for _ in range(passes):
-            scores, A, metrics, tokens = learn(run, turn, rollouts, supervised if share == 1 else None, imitate)
-        metrics["tokens_trained"] *= passes
-        keep_books(args, run, turn, {"share": share}, rollouts, scores, A, metrics, tokens)
+            learn(run, step, rollouts, objective, advantages)
+        step.metrics["tokens_trained"] *= passes
+        keep_books(args, run, step, share=share)
 
 
 def successes(rewards, from_explorer, objective):
@@ -109,9 +109,14 @@ def successes(rewards, from_explorer, objective):
 LOOPS = {"cooling": cooling, "maxrl": maxrl, "entropy": entropy, "dynamic": dynamic, "raft": raft}
 
 if __name__ == "__main__":
-    if not {*sys.argv[1:2]} & {*LOOPS}:
-        sys.exit(__doc__)
-    flags = parse_flags(sys.argv[2:])
-    if sys.argv[1] == "entropy" and (not flags.kl_coef or flags.lora_rank):
-        fail("remedies.py", 2, "entropy needs --kl-coef, and no --lora-rank, where adapters share the weights")
-    main(sys.argv[2:], loop=LOOPS[sys.argv[1]], recipe=sys.argv[1])
+    name, *argv = sys.argv[1:] or ["--help"]
+    if name not in LOOPS:
+        print(__doc__)
+        sys.exit(0 if name in ("--help", "-h") else 2)
+    if name in ("entropy", "dynamic"):
+        flags = parse_flags(argv)
+        if name == "entropy" and (not flags.kl_coef or flags.lora_rank):
+            fail("remedies.py", 2, "entropy needs --kl-coef, and no --lora-rank: adapters share their base")
+        if name == "dynamic" and flags.explorer.endswith(".jsonl"):
+            fail("remedies.py", 2, "dynamic asks for other problems than a pool was made for: give a model")
+    main(argv, loop=LOOPS[name], recipe=name)

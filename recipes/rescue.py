@@ -14,7 +14,7 @@ import torch
 
 from anneal import explorer_share, split_group
 from plumbing.books import keep_books
-from plumbing.survival import EXPLORER, LEARNER, turns
+from plumbing.steps import EXPLORER, LEARNER, steps
 from plumbing.text import decode
 from sample import join
 from train import learn, main, score_all, writer
@@ -22,23 +22,26 @@ from train import learn, main, score_all, writer
 
 def rescue(args, run, explore):
     """train.train with other rollouts."""
-    own = writer(args, run, run.learner, args.temperature)
-    for turn in turns(args, run):
-        share = explorer_share(turn.step, args.mix_steps, args.schedule, args.explorer_share) if explore else 0
+    write = writer(args, run, run.learner, args.temperature)
+    for step in steps(args, run):
+        share = 0.0
+        if explore:
+            share = explorer_share(step.number, args.mix_steps, args.schedule, args.explorer_share)
         n_rest = min(split_group(share, args.group_size)[0], args.group_size - 1)  # of nothing, nothing fails
-        random = turn.random(LEARNER)  # one stream: the rest goes on where the first part left it
-        rollouts = own(turn.prompts, args.group_size - n_rest, random)             # [P, n_first]
+        random = step.random(LEARNER)  # one stream: the rest goes on where the first part left it
+        rollouts = write(step.prompts, args.group_size - n_rest, random)             # [P, n_first]
         if n_rest:
-            failed = score_all(turn.problems, decode(rollouts, run.tokenizer))[..., 1].sum(1) == 0  # [P]
+            failed = score_all(step.problems, decode(rollouts, run.tokenizer))[..., 1].sum(1) == 0  # [P]
             parts, order = [], []
-            for write, stream, which in ((explore, turn.random(EXPLORER), failed), (own, random, ~failed)):
+            for writes, stream, which in ((explore, step.random(EXPLORER), failed), (write, random, ~failed)):
                 if chosen := which.nonzero().flatten().tolist():
-                    parts.append(write([turn.prompts[i] for i in chosen], n_rest, stream))
+                    parts.append(writes([step.prompts[i] for i in chosen], n_rest, stream))
                     order += chosen
-            rest = join(*parts, dim=0)[torch.tensor(order).argsort()]              # [P, n_rest], as the prompts
+            rest = join(*parts, dim=0)[torch.tensor(order).argsort()]              # [P, n_rest], in order
             rollouts = join(rollouts, rest)                                        # [P, G]
         share = rollouts.from_explorer.float().mean().item()
-        keep_books(args, run, turn, {"share": share}, rollouts, *learn(run, turn, rollouts))
+        learn(run, step, rollouts)
+        keep_books(args, run, step, share=share)
 
 
 if __name__ == "__main__":

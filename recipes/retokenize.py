@@ -10,8 +10,8 @@ import torch
 
 import train
 from plumbing.checkpoint import fingerprint, load
-from plumbing.text import decode, encode_all
-from sample import Rollouts, check_lengths, sample
+from plumbing.text import decode, stop_texts
+from sample import Rollouts, sample
 
 
 def open_explorer(args, run):
@@ -21,17 +21,14 @@ def open_explorer(args, run):
     explorer, theirs, stops = load(args.explorer, run.learner.head.device, run.learner.head.dtype)
     run.hashes["explorer"] = fingerprint(explorer.requires_grad_(False), theirs, stops)
     explorer.compiled = run.learner.compiled
-    asked = encode_all(run.problems + run.eval_problems, theirs, args.thinking)
-    own_of = dict(zip(map(tuple, run.prompts + run.eval_prompts), asked))  # {learner's tokens: explorer's}
-    check_lengths(explorer, asked, args.max_new_tokens)
     stop_id = max(run.stops) if run.tokenizer.eos_token_id is None else run.tokenizer.eos_token_id
 
-    def explore(prompts, n, generator):
-        rollouts = sample(explorer, [own_of[tuple(prompt)] for prompt in prompts], n, generator,
-                          args.max_new_tokens, stops, args.explorer_temperature, top_p=args.explorer_top_p,
-                          rows=args.rollout_rows)
+    def write(prompts, n, generator):
+        rollouts = sample(explorer, prompts, n, generator, args.max_new_tokens, stops, args.explorer_temperature,
+                          top_p=args.explorer_top_p, rows=args.rollout_rows,
+                          until=stop_texts(args.stop, theirs))
         return retokenize(rollouts, theirs, run.tokenizer, stop_id, args.max_new_tokens)
-    return explore
+    return train.in_its_own_words(args, run, explorer, theirs, write)
 
 
 def retokenize(rollouts, theirs, ours, stop_id, max_new_tokens):

@@ -10,7 +10,8 @@ import torch
 
 from anneal import explorer_share, split_group
 from plumbing.books import keep_books
-from plumbing.survival import EXPLORER, LEARNER, fail, turns
+from plumbing.steps import EXPLORER, LEARNER, steps
+from plumbing.terminal import fail
 from sample import join
 from train import learn, main, parse_flags, writer
 
@@ -18,22 +19,26 @@ from train import learn, main, parse_flags, writer
 def separate(args, run, explore):
     """train.train with two updates a step."""
     own = writer(args, run, run.learner, args.temperature)
-    for turn in turns(args, run):
-        share = explorer_share(turn.step, args.mix_steps, args.schedule, args.explorer_share) if explore else 0
+    for step in steps(args, run):
+        share = 0.0
+        if explore:
+            share = explorer_share(step.number, args.mix_steps, args.schedule, args.explorer_share)
         n_explorer, n_learner = split_group(share, args.group_size)
         parts, found = [], []
         for write, n, purpose in ((explore, n_explorer, EXPLORER), (own, n_learner, LEARNER)):
             if n >= 2:
-                parts.append(write(turn.prompts, n, turn.random(purpose)))
-                found.append(learn(run, turn, parts[-1]))
+                parts.append(write(step.prompts, n, step.random(purpose)))
+                learn(run, step, parts[-1])
+                found.append((step.scores, step.advantages, step.metrics))
 
-        # One line for both: the means of their metrics, and sums of what is counted
-        scores, advantages, metrics, _ = zip(*found)
+        # One record for both: the means of their metrics, and sums of what is counted
+        scores, advantages, metrics = zip(*found)
         both = {name: [part[name] for part in metrics if part[name] is not None] for name in metrics[0]}
-        line = {name: sum(values) / len(values) if values else None for name, values in both.items()}
-        line |= {name: sum(both[name]) for name in ("skipped_updates", "tokens_trained")}
-        keep_books(args, run, turn, {"share": share}, join(*parts), torch.cat(scores, 1),
-                   torch.cat(advantages, 1), line, None)
+        step.metrics = {name: sum(values) / len(values) if values else None for name, values in both.items()}
+        step.metrics |= {name: sum(both[name]) for name in ("skipped_updates", "tokens_trained")}
+        step.rollouts, step.scores = join(*parts), torch.cat(scores, 1)
+        step.advantages, step.tokens = torch.cat(advantages, 1), None
+        keep_books(args, run, step, share=share)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     pytest recipes/test_recipes.py
 """
+import itertools
 import json
 import math
 import os
@@ -17,11 +18,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import model as models
+import eval as evaluation
+import grpo
 import reward
 import sample as sampling
 import train as training
-from recipes import data, explorers, internlm2, look, overnight, pool, retokenize
+from plumbing import books, checkpoint, family as families, pictures, pool as reader
+from plumbing.survival import Turn
+from plumbing.text import decode
+from recipes import data, explorers, internlm2, measured, overnight, pool, remedies, retokenize
 from recipes import rescue as rescuing
 from recipes import separate as separating
 from test_all import (  # noqa: F401
@@ -29,12 +34,15 @@ from test_all import (  # noqa: F401
 
 
 def run_here(family, out, *more, loop=training.train, open_explorer=training.open_explorer):
-    """train.main's way with a recipe's loop or explorer, without step 0: (run, its metrics, its weights)."""
+    """train.main's way with a recipe's loop or explorer: (run, its steps' metrics, its weights)."""
     args = training.parse_flags(flags(family, out, "--eval-every", 0, *more))
     run, explore = training.load_run(args, open_explorer)
-    loop(args, run, explore)
-    training.finish(args, run)
-    return run, read_metrics(out), torch.cat([x.flatten() for x in weights(out).values()]).tolist()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pictures, "draw", lambda *_: None)  # half the time
+        books.open_books(args, run, None)  # step 0 without the explorer, whose calls are the steps' alone
+        loop(args, run, explore)
+        books.finish(args, run)
+    return run, read_metrics(out)[1:], torch.cat([x.flatten() for x in weights(out).values()]).tolist()
 
 
 def noted(calls, who, write):
@@ -54,7 +62,8 @@ def test_training_from_a_pool_equals_live_sampling_of_the_same_rollouts(family, 
         calls, "", training.open_explorer(*given)))
     lines = [record(prompt, ids[:n].tolist(), logps[:n].tolist()) for _, prompts, _, _, r in calls
              for prompt, *group in zip(prompts, r.ids, r.logps, r.lengths) for ids, logps, n in zip(*group)]
-    path.write_text("".join(lines) + '{"prompt_ids": [5, 3')  # and a torn last line
+    torn = '{"prompt_ids": [5, 3'
+    path.write_text("".join([*lines, torn]))
     _, *from_pool = run_here(family, tmp_path / "run", *more, "--explorer", path)
     assert from_pool == live and [line["rollouts_explorer"] for line in live[0]] == [16, 12, 8, 0]
     assert "has no settings beside it" in capsys.readouterr().out
@@ -62,9 +71,25 @@ def test_training_from_a_pool_equals_live_sampling_of_the_same_rollouts(family, 
     for prompts, lacking in ((4, "3 rollouts of 2 prompts"), (20, "47 rollouts of 16 prompts")):
         with pytest.raises(ValueError, match=f"lacks {lacking}, .* --model EXPLORER .* --n 4"):
             run_here(family, tmp_path / "short", *more, "--explorer", path, "--prompts-per-step", prompts)
-    path.write_text("".join(lines[1:] + lines[:1]))
-    with pytest.raises(ValueError, match="other settings: hash_of_explorer"):  # it would draw others
-        run_here(family, tmp_path / "run", *more, "--explorer", path, "--resume")
+    note, settings = tmp_path / "pool.jsonl.settings.json", json.dumps({"model": "other", "stops": [0]})
+    for changed, said in ((lines[1:] + lines[:1], None), (lines, settings)):  # it would draw, or stop, anew
+        path.write_text("".join([*changed, torn]))
+        note.write_text(said) if said else None
+        with pytest.raises(ValueError, match="other settings: hash_of_explorer"):
+            run_here(family, tmp_path / "run", *more, "--explorer", path, "--resume")
+
+
+def test_measured_ends_in_one_line_where_a_pool_holds_too_little(family, tmp_path, capsys):
+    """What it will ask for nobody knows before: 2 of a group of 4 at first, where the schedule asks for 1."""
+    path = tmp_path / "pool.jsonl"
+    prompts = [line.split('"')[3] for line in (family / "train.jsonl").read_text().splitlines()]
+    tokenizer = checkpoint.load(family / "learner")[1]
+    path.write_text("".join(record(tokenizer(prompt).input_ids, [3, 0], [-1.0, -1.0]) for prompt in prompts))
+    more = ("--explorer", path, "--schedule", "constant", "--explorer-share", 0.25)
+    with pytest.raises(SystemExit, match="2"):
+        training.main(flags(family, tmp_path / "run", *more), loop=measured.measured, recipe="measured")
+    *_, said = capsys.readouterr().err.splitlines()
+    assert said == f"train.py: error: {path} has 1 rollouts of a prompt, and 2 are asked for"
 
 
 def record(prompt, ids, logps):
@@ -74,9 +99,8 @@ def record(prompt, ids, logps):
 @pytest.fixture
 def stock(tmp_path):
     """(path, draw): a pool of 8 rollouts, of 2 to 9 tokens, of each of two prompts."""
-    learner, path = tiny_model(), tmp_path / "pool.jsonl"
-    learner.stop_ids = (0, 2)
-    draw = lambda *asked, seed=0: pool.draw(path, pool.index(path)[0], learner, 6, *asked, seeded(seed))
+    run, path = SimpleNamespace(learner=tiny_model(), stops=(0, 2)), tmp_path / "pool.jsonl"
+    draw = lambda *asked, seed=0: reader.draw(path, reader.index(path)[0], run, 6, *asked, seeded(seed))
     path.write_text("".join(record(prompt, [3 + i, *[5] * i, 0], [-1.0] * (i + 2))
                             for i in range(8) for prompt in ([1, 2], [12])))
     return path, draw
@@ -92,7 +116,7 @@ def test_a_draw_takes_different_rollouts_at_random_and_cuts_them(stock):
     assert r.ids[0, :, 0].tolist() == [*range(3, 11)] and r.lengths[0].tolist() == [2, 3, 4, 5, 6, 6, 6, 6]
     assert r.finished[0].tolist() == [True] * 5 + [False] * 3  # cut before its stop token: not finished
     assert r.logps.sum() == -r.lengths.sum()
-    with pytest.raises(ValueError, match="has 8 rollouts of a prompt, and 9"):
+    with pytest.raises(OSError, match="has 8 rollouts of a prompt, and 9"):
         draw([[12]], 9)
 
 
@@ -101,7 +125,7 @@ def test_a_draw_takes_different_rollouts_at_random_and_cuts_them(stock):
 def test_a_line_that_is_no_rollout_is_named_when_a_pool_is_opened(line, stock):
     stock[0].write_bytes(stock[0].read_bytes() + line + b"\n")
     with pytest.raises(ValueError, match="pool.jsonl, line 17: not one rollout"):
-        pool.index(stock[0])
+        reader.index(stock[0])
 
 
 @pytest.mark.parametrize("ids, logps, complaint", [
@@ -121,7 +145,7 @@ def test_a_broken_record_is_named_when_it_is_drawn(ids, logps, complaint, stock)
 def test_a_pool_is_the_same_whether_or_not_its_writer_was_killed(family, tmp_path, monkeypatch, capsys):
     sums = [(f"{a}+{b}=", str((a + b) % 10)) for a in range(10) for b in range(4)]
     problems = [reward.Problem(*x, "natural") for x in sums]  # 40: two whole batches and a short one
-    reward.save_problems(problems, tmp_path / "sums.jsonl")
+    problems.save_problems(problems, tmp_path / "sums.jsonl")
     out, note, seeds = tmp_path / "pool.jsonl", tmp_path / "pool.jsonl.settings.json", []
     monkeypatch.setattr(pool, "sample", lambda model, prompts, n, generator, *more, **settings: seeds.append(
         generator.initial_seed()) or sampling.sample(model, prompts, n, generator, *more, **settings))
@@ -156,14 +180,54 @@ def test_a_pool_is_the_same_whether_or_not_its_writer_was_killed(family, tmp_pat
     assert out.read_bytes() == whole
     # A run takes up the explorer's stop tokens, and parses a single record before it is asked for rollouts.
     settings = json.loads(note.read_text())
-    assert settings["stop_ids"] == [0] and settings["weights"]
-    note.write_text(json.dumps(settings | {"stop_ids": [0, 7]}))
+    assert settings["stops"] == [0] and settings["weights"]
+    note.write_text(json.dumps(settings | {"stops": [0, 7]}))
     args = training.parse_flags(flags(family, tmp_path / "run", "--explorer", out, "--data",
                                       tmp_path / "sums.jsonl", "--group-size", 3))
-    parsed, real = [], pool.read
-    monkeypatch.setattr(pool, "read", lambda *given: parsed.append(given) or real(*given))
+    parsed, real = [], reader.read
+    monkeypatch.setattr(reader, "read", lambda *given: parsed.append(given) or real(*given))
     run, _ = training.load_run(args, training.open_explorer)
-    assert run.learner.stop_ids == (0, 7) and len(parsed) == 1
+    assert run.stops == (0, 7) and len(parsed) == 1
+
+
+def interrupt(monkeypatch, module, calls):
+    """Ctrl-C, a real one, in the call of module.sample after so many."""
+    real, count = module.sample, itertools.count()
+
+    def sample(*given, **named):
+        if next(count) == calls:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # another test's `listen` took it
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(*given, **named)
+    monkeypatch.setattr(module, "sample", sample)
+
+
+def test_ctrl_c_ends_pool_and_eval_without_a_traceback_and_they_go_on(family, tmp_path, monkeypatch, capsys):
+    """Of a night's sampling only the batch is lost that it was at."""
+    problems = problems.load_problems(family / "train.jsonl")
+    problems = [reward.Problem(f"{i}+{p.question}", p.answer, "natural") for i in (1, 2) for p in problems]
+    problems.save_problems(problems, tmp_path / "data.jsonl")  # 40: three batches
+    argv = lambda out: [str(x) for x in (
+        "--model", family / "explorer", "--data", tmp_path / "data.jsonl", "--n", 2, "--max-new-tokens", 4,
+        "--device", "cpu", "--out", tmp_path / out)]
+    kept, texts = {"pool": 32 * 2, "eval": 1 + 2}, {}
+
+    def run(name, out):
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *argv(out)])
+        {"pool": pool, "eval": evaluation}[name].main()
+    for name, module in (("pool", pool), ("eval", evaluation)):
+        run(name, f"{name}-whole")
+        with monkeypatch.context() as patch:
+            interrupt(patch, module, 2)
+            with pytest.raises(SystemExit, match="130"):
+                run(name, name)
+        assert "Traceback" not in capsys.readouterr().err
+        paths = [tmp_path / out for out in (name, f"{name}-whole")]
+        whole = [path if name == "pool" else next(path.glob("result-*.jsonl")) for path in paths]
+        assert len(whole[0].read_text().splitlines()) == kept[name]
+        interrupt(monkeypatch, module, 1)  # of one batch that is left no second is asked for
+        run(name, name)
+        assert whole[0].read_bytes() == whole[1].read_bytes()
 
 
 # ---- retokenize.py, explorers.py ---------------------------------------------------------------------------
@@ -182,11 +246,12 @@ def other_tokenizer():
 
 
 def test_retokenized_rollouts_keep_text_end_and_log_prob(family):
-    (explorer, theirs), ours = models.load(family / "explorer"), other_tokenizer()
-    r = sampling.sample(explorer, [theirs(text).input_ids for text in ("3+4=", "9+0=")], 20, seeded(), 3, 1.5)
+    (explorer, theirs, stops), ours = checkpoint.load(family / "explorer"), other_tokenizer()
+    prompts = [theirs(text).input_ids for text in ("3+4=", "9+0=")]
+    r = sampling.sample(explorer, prompts, 20, seeded(), 3, stops, 1.5)
     new = retokenize.retokenize(r, theirs, ours, 1, 3)
     assert 0 < r.finished.float().mean() < 1 and not torch.equal(new.ids, r.ids)
-    assert sampling.decode(new, ours) == sampling.decode(r, theirs) and torch.equal(new.finished, r.finished)
+    assert decode(new, ours) == decode(r, theirs) and torch.equal(new.finished, r.finished)
     assert torch.allclose(new.logps.sum(-1), r.logps.sum(-1), atol=1e-5) and not new.logps[~new.mask].any()
     assert torch.equal(new.ids.gather(2, new.lengths[..., None] - 1)[..., 0] == 1, new.finished)
     cut = retokenize.retokenize(r, theirs, ours, 1, 1)
@@ -200,7 +265,7 @@ def test_retokenized_rollouts_keep_text_end_and_log_prob(family):
 
 
 def test_a_learner_learns_from_an_explorer_with_another_tokenizer(family, tmp_path):
-    models.save(tiny_model(vocab_size=400, scale=0.1), other_tokenizer(), tmp_path / "learner")
+    checkpoint.save(tiny_model(vocab_size=400, scale=0.1), other_tokenizer(), (1,), tmp_path / "learner")
     more = ("--learner", tmp_path / "learner", "--schedule", "constant", "--explorer-share", 1, "--lr", 1e-2,
             "--steps", 40, "--group-size", 16, "--eval-data", family / "train.jsonl", "--eval-problems", 20)
     with pytest.raises(ValueError, match="tokenisers of learner and explorer differ .*retokenize.py"):
@@ -215,7 +280,7 @@ def test_a_learner_learns_from_an_explorer_with_another_tokenizer(family, tmp_pa
 
 def test_a_fleet_shares_the_explorers_rollouts_and_the_ends(family, tmp_path):
     calls, prompts, stream = [], [[1, 2], [3]], seeded()
-    write = lambda i, *asked: sampling.sample(tiny_model(seed=i), *asked, 4)
+    write = lambda i, *asked: sampling.sample(tiny_model(seed=i), *asked, 4, (0,))
     fleet = explorers.fleet([noted(calls, i, lambda *asked, i=i: write(i, *asked)) for i in range(3)])
     shared = [fleet(prompts, n, seeded()).ids for n in (4, 3, 2, 1)]
     assert [ids.shape[1] for ids in shared] == [4, 3, 2, 1]
@@ -223,13 +288,13 @@ def test_a_fleet_shares_the_explorers_rollouts_and_the_ends(family, tmp_path):
     assert [call[2] for call in calls] == [1, 1, 2, 1, 1, 1, 1, 1, 1]
     alone = [write(i, prompts, n, stream).ids for i, n in ((0, 1), (1, 1), (2, 2))]  # from a single stream
     assert torch.equal(shared[0], torch.cat(alone, dim=1))
-    model, tokenizer = models.load(family / "explorer")
-    model.stop_ids = tuple(tokenizer("0123456789").input_ids)  # the answers themselves
-    models.save(model, tokenizer, tmp_path / "last")
+    model, tokenizer, _ = checkpoint.load(family / "explorer")
+    stops = tuple(tokenizer("0123456789").input_ids)  # the answers themselves
+    checkpoint.save(model, tokenizer, stops, tmp_path / "last")
     args = training.parse_flags(flags(family, tmp_path / "run"))
     run, fleet = training.load_run(args, partial(explorers.open_fleet, also=[str(tmp_path / "last")]))
     r = fleet(run.prompts, 8, seeded())  # the first member stops at the last one's stop tokens too
-    stops = torch.isin(r.ids, torch.tensor(run.learner.stop_ids)) & r.mask
+    stops = torch.isin(r.ids, torch.tensor(run.stops)) & r.mask
     assert stops.sum(2).max() == 1 and len(run.hashes["explorer"]) == 2
     with pytest.raises(ValueError, match="give --also a model"):
         explorers.open_fleet(args, run, ["pool.jsonl"])
@@ -238,9 +303,9 @@ def test_a_fleet_shares_the_explorers_rollouts_and_the_ends(family, tmp_path):
 
 
 def test_thinned_groups_have_one_method_as_often_as_before(family):
-    explorer, tokenizer = models.load(family / "explorer")
+    explorer, tokenizer, stops = checkpoint.load(family / "explorer")
     prompts = [tokenizer(f"{a}+{b}=").input_ids for a in range(10) for b in range(2)] * 8
-    write = lambda prompts, n, generator: sampling.sample(explorer, prompts, n, generator, 4)
+    write = lambda prompts, n, generator: sampling.sample(explorer, prompts, n, generator, 4, stops)
     plain, thin = write(prompts, 8, seeded()), explorers.thinned(write)(prompts, 8, seeded())
     methods = lambda r: sum(len(set(group.tolist())) for group in r.ids[:, :, 0]) / len(r.ids)
     assert methods(plain) > 3 and methods(thin) == 1 and thin.ids.shape[:2] == plain.ids.shape[:2]
@@ -248,25 +313,46 @@ def test_thinned_groups_have_one_method_as_often_as_before(family):
     assert (share(plain) - share(thin)).abs().max() < 0.1
 
 
-# ---- rescue.py, separate.py --------------------------------------------------------------------------------
+# ---- rescue.py, separate.py, remedies.py, measured.py ------------------------------------------------------
 
-@pytest.mark.parametrize("loop", [rescuing.rescue, separating.separate])
-def test_loops_at_share_0_are_plain_grpo_to_the_bit_and_resume_as_it_does(loop, family, tmp_path):
-    _, *plain = run_here(family, tmp_path / "plain", "--explorer", "none")
-    for more in (("--explorer", "none"), ("--schedule", "constant", "--explorer-share", 0)):
-        assert run_here(family, tmp_path / more[0], *more, loop=loop)[1:] == (*plain,)
-    half = ("--schedule", "constant", "--save-every", 2)
-    _, *unbroken = run_here(family, tmp_path / "half", *half, loop=loop)
-    (tmp_path / "half" / "checkpoint_000004.pt").unlink()
-    assert run_here(family, tmp_path / "half", *half, "--resume", loop=loop)[1:] == (*unbroken,) != (*plain,)
+LOOPS = {"rescue": rescuing.rescue, "separate": separating.separate, "measured": measured.measured,
+         **remedies.LOOPS}
+
+
+@pytest.mark.parametrize("name", [name for name in LOOPS if name != "entropy"])
+def test_loops_at_share_0_are_plain_grpo_to_the_bit(name, family, tmp_path, monkeypatch):
+    """A study lays what such a loop gains or loses to its idea, and not to a random stream that it draws from
+    twice. (The entropy bonus has no loop of its own.)"""
+    more, loop = ("--explorer", "none"), LOOPS[name]
+    _, *plain = run_here(family, tmp_path / "plain", *more)
+    with monkeypatch.context() as patch:  # without the loop's own idea
+        patch.setattr(remedies, "maxrl_advantages", grpo.advantages_of)
+        alone = partial(loop, redraws=0) if name == "dynamic" else loop
+        none = run_here(family, tmp_path / "none", *more, loop=alone)
+        patch.setattr(measured, "measured_share", lambda history: 0.0)
+        more = ("--schedule", "constant", "--explorer-share", 0)
+        zero = run_here(family, tmp_path / "zero", *more, loop=alone)
+    for _, lines, learnt in (none, zero):
+        same = [{key: line[key] for key in of_plain} for line, of_plain in zip(lines, plain[0], strict=True)]
+        assert (same, learnt) == (*plain,)
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_loops_resume_as_train_does_and_are_not_train(name, family, tmp_path):
+    """A generator that lives longer than a step makes another run of a resumed one."""
+    more = ("--mix-steps", 4, "--save-every", 2, "--temperature", 1.2, "--kl-coef", 0.1, "--lr", 1e-3)
+    of_loop = lambda out, *more, loop=LOOPS[name]: run_here(family, tmp_path / out, *more, loop=loop)[1:]
+    unbroken = of_loop("run", *more)
+    (tmp_path / "run" / "checkpoint_000004.pt").unlink()
+    assert of_loop("run", "--resume") == unbroken != of_loop("train", *more, loop=training.train)
 
 
 def test_rescue_puts_the_explorer_only_where_the_learner_failed(family, tmp_path, monkeypatch):
-    calls, steps, real, update = [], [], rescuing.sample, rescuing.update
-    monkeypatch.setattr(rescuing, "sample", lambda model, prompts, n, generator, **more: noted(
-        calls, "learner", partial(real, model, **more))(prompts, n, generator))
-    monkeypatch.setattr(rescuing, "update", lambda *args, **more: steps.append(
-        (*args[3:5], [calls.pop(0) for _ in calls[:]])) or update(*args, **more))
+    """An explorer's rollouts where the learner succeeds are worse and off-policy: there they only harm."""
+    calls, steps, update = [], [], training.update
+    monkeypatch.setattr(rescuing, "writer", lambda *given: noted(calls, "learner", training.writer(*given)))
+    monkeypatch.setattr(training, "update", lambda *args: steps.append(
+        (*args[3:5], [calls.pop(0) for _ in calls[:]])) or update(*args))
     run, lines, _ = run_here(family, tmp_path / "run", "--schedule", "constant", "--prompts-per-step", 8,
                              loop=rescuing.rescue, open_explorer=lambda *given: noted(
                                  calls, "explorer", training.open_explorer(*given)))
@@ -275,7 +361,7 @@ def test_rescue_puts_the_explorer_only_where_the_learner_failed(family, tmp_path
         *who_what, stream, own = first
         assert who_what == ["learner", prompts, 2] and torch.equal(r.ids[:, :2], own.ids)
         right = [[reward.score(problems[tuple(prompt)], text).strict for text in group[:2]]
-                 for prompt, group in zip(prompts, sampling.decode(r, run.tokenizer))]
+                 for prompt, group in zip(prompts, decode(r, run.tokenizer))]
         failed = ~torch.tensor(right).any(1)
         assert torch.equal(r.from_explorer, failed[:, None] & torch.tensor([False, False, True, True]))
         assert len(rest) == len(set(failed.tolist()))
@@ -315,7 +401,7 @@ def test_the_page_of_rollouts_shows_whatever_was_written_and_runs_none_of_it(tmp
     """A model's text is the least trusted input there is, and a page is where it would be run."""
     hostile = ["<script>alert(1)</script>", "</pre></main><img src=x onerror=alert(1)>", "\x1b[2J\x07",
                "&lt;", "a" * 10 ** 5]
-    tokenizer = SimpleNamespace(decode=lambda ids: hostile[ids[0]])
+    tokenizer = SimpleNamespace(decode=lambda ids: "".join(hostile[i] for i in ids))
     ids = torch.tensor([[[0, 1, 2], [3, 4, 0]]] * 2)  # [P, G, T]
     lengths = torch.tensor([[3, 2]] * 2)
     written = sampling.Rollouts(ids, lengths, torch.zeros(2, 2, 3), lengths > 0, lengths > 2)
@@ -324,7 +410,8 @@ def test_the_page_of_rollouts_shows_whatever_was_written_and_runs_none_of_it(tmp
     problems = [reward.Problem("<b>1</b>", "1"), reward.Problem("2", "<i>2")]
     (tmp_path / "rollouts").mkdir()
     for step in (1, 2):
-        look.note(tmp_path, step, problems, written, torch.ones(2, 2, 3), ratio[..., 0], tokens, tokenizer)
+        turn = Turn(step, [0, 1], problems, None, None)
+        pictures.note(tmp_path, turn, written, torch.ones(2, 2, 3), ratio[..., 0], tokens, tokenizer)
     page = (tmp_path / "rollouts.html").read_text()
     read = Texts(page)
     assert not {"script", "img", "b"} & read.tags and "\x1b" not in page and "http" not in page
@@ -336,7 +423,8 @@ def test_the_page_of_rollouts_shows_whatever_was_written_and_runs_none_of_it(tmp
 
 
 def test_separate_updates_each_source_by_itself(family, tmp_path, monkeypatch):
-    updates, real = [], separating.update
+    """With one baseline for both the explorer's failures would praise the learner's own."""
+    updates, real = [], training.update
 
     def spy(learner, *args, **more):
         rollouts, advantages = args[3:5]
@@ -345,7 +433,7 @@ def test_separate_updates_each_source_by_itself(family, tmp_path, monkeypatch):
         n = len(updates)
         return metrics | {"skipped_updates": 1, "tokens_trained": n, "loss": float(n)}, tokens
 
-    monkeypatch.setattr(separating, "update", spy)
+    monkeypatch.setattr(training, "update", spy)
     _, lines, _ = run_here(family, tmp_path / "run", "--mix-steps", 4, "--lr", 1e-2, loop=separating.separate)
     # The explorer's of a group of 4: 4, 3, 2, 0. A single rollout (the learner's at step 2) is left out.
     assert [(A.shape[1], bool(who.all()), bool(who.any())) for who, A, _ in updates] == [
@@ -499,9 +587,9 @@ def test_internlm2_is_llama_under_other_names(key_heads, tmp_path):
            "rope_scaling": {"type": "dynamic", "factor": 2.0}, "auto_map": {"AutoConfig": "evil.Config"}}
     (source / "config.json").write_text(json.dumps(hf))
     with pytest.raises(ValueError, match="recipes/internlm2.py"):
-        models.load(source)
+        checkpoint.load(source)
     internlm2.convert(source, tmp_path / "out")
-    (model, _), ids = models.load(tmp_path / "out"), torch.randint(0, 64, (3, 20), generator=seeded())
+    (model, *_), ids = checkpoint.load(tmp_path / "out"), torch.randint(0, 64, (3, 20), generator=seeded())
     with torch.no_grad():
         expected = theirs(ids).logits
         assert (model(ids) @ model.lm_head.weight.T - expected).abs().max() < 1e-4
@@ -543,10 +631,11 @@ def supervised(*argv):
     ([3, -9, 1, 137, 0], 0, [(4096, 40), (2048, 20), (1024, 16), (1024, 16), (512, 16)]),
     ([4], 4, [(4096, 40)]), ([2], 2, [(4096, 40)]), ([130], 130, [(4096, 40)]), ([-15], 143, [(4096, 40)]),
     (["sleep"], 143, [(4096, 40)]), ([1], 1, [(4096, 40)] * 5), ([1, 1, 1, "saved", 1], 1, [(4096, 40)] * 9)])
-def test_overnight_starts_again_what_can_be_helped(plan, code, sizes, tmp_path):
+def test_overnight_starts_again_what_can_be_helped(plan, code, sizes, tmp_path, monkeypatch):
     (tmp_path / "stub.py").write_text(STUB)
-    assert supervised(tmp_path / "stub.py", json.dumps(plan), "--out", tmp_path / "run", "--lr", 1,
-                      "--rollout-rows", 40, "--micro-batch-tokens=4096") == code
+    monkeypatch.chdir(tmp_path)
+    assert supervised("stub", json.dumps(plan), "--out", tmp_path / "run", "--lr", 1, "--rollout-rows", 40,
+                      "--micro-batch-tokens=4096") == code
     starts = [json.loads(line) for line in (tmp_path / "run" / "starts").read_text().splitlines()]
     after = lambda start, name: int(start[start.index(name) + 1])
     assert [(after(x, "--micro-batch-tokens"), after(x, "--rollout-rows")) for x in starts] == sizes
@@ -554,25 +643,31 @@ def test_overnight_starts_again_what_can_be_helped(plan, code, sizes, tmp_path):
     assert all(after(x, "--lr") == 1 for x in starts)
 
 
-def test_overnight_brings_a_run_through_that_runs_out_of_memory(family, tmp_path):
+@pytest.mark.parametrize("module", ["train", "recipes.rescue"])
+def test_overnight_brings_a_run_through_that_runs_out_of_memory(module, family, tmp_path, monkeypatch):
+    """From the second step on half the memory does, and what comes out is the undisturbed run's."""
     (tmp_path / "short_of_memory.py").write_text(f"""
-import sys
-sys.path.insert(0, {str(ROOT)!r})
+import runpy
 import train
-real = train.update
-def update(*args, **settings):
-    if settings["micro_batch_tokens"] > 512 and args[2].adamw.state:
+import grpo
+real = grpo.update
+def update(*given):
+    if given[6].micro_batch_tokens > 512 and given[2].adamw.state:
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate"
                            " memory: you tried to allocate 64 bytes. Error code 12 (Cannot allocate memory)")
-    return real(*args, **settings)
-train.update = update
-train.main()
+    return real(*given)
+grpo.update = train.update = update
+runpy.run_module({module!r}, run_name="__main__")
 """)
-    short = ("--eval-every", 0, "--save-every", 1, "--eval-n", 1, "--steps", 2)
-    _, undisturbed, _ = run_here(family, tmp_path / "plain", *short)
-    assert supervised(tmp_path / "short_of_memory.py", *flags(family, tmp_path / "run", *short,
-                                                              "--micro-batch-tokens", 1024)) == 0
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.chdir(tmp_path)
+    short = ("--schedule", "constant", "--eval-every", 0, "--save-every", 1, "--eval-n", 1, "--steps", 2)
+    loop = rescuing.rescue if module == "recipes.rescue" else training.train
+    _, undisturbed, _ = run_here(family, tmp_path / "plain", *short, loop=loop)
+    assert supervised("short_of_memory", *flags(family, tmp_path / "run", *short, "--micro-batch-tokens",
+                                                1024)) == 0
     assert read_metrics(tmp_path / "run")[1:] == undisturbed
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["micro_batch_tokens"] == 512
 
 
 def test_a_family_is_made_by_two_at_once_and_after_any_kill(tmp_path):
@@ -582,7 +677,7 @@ import os, signal, sys, time
 from pathlib import Path
 sys.path.insert(0, {str(ROOT)!r})
 import torch._dynamo, transformers
-from recipes.family import make_family
+from plumbing.family import make_family
 
 def start():
     if child := os.fork():
@@ -610,6 +705,6 @@ sys.exit(any([os.waitpid(child, 0)[1] for child in both]))
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path,
                           env=os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"})
     assert done.returncode == 0 and int(done.stdout) >= 4, done.stdout + done.stderr  # it leaves its scratch
-    models.load(tmp_path / "family" / "learner")
+    checkpoint.load(tmp_path / "family" / "learner")
     assert {path.name for path in (tmp_path / "family").iterdir()} == {
         "explorer", "learner", "train.jsonl", "heldout.jsonl", "family.json"}

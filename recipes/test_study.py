@@ -14,18 +14,21 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import grpo
-import model as models
 import reward
 import train as training
+from plumbing import checkpoint
+from plumbing import family as families
+from plumbing.optimizer import Optimizer
+from plumbing.tasks import habit_solution
 from recipes import claims, explorers, pairs, plan
-from recipes import family as families
+from recipes.measured import measured
 from recipes.rescue import rescue
 from recipes.separate import separate
 from sample import KVCache, sample
 from test_all import family, flags, read_metrics, seeded, tiny_model, train_here  # noqa: F401
 
 SMALL = ("--steps 2 --prompts-per-step 4 --group-size 4 --eval-every 1 --max-new-tokens 4 --eval-problems 8 "
-         "--eval-n 16 --save-every 0").split()
+         "--eval-n 16 --save-every 0 --minibatches 2").split()
 
 
 @pytest.fixture
@@ -90,6 +93,7 @@ def test_a_claim_from_runs_to_table(study, family, tmp_path, monkeypatch, capsys
 @pytest.mark.parametrize("arm, main", [
     ("separate", lambda argv: training.main(argv, loop=separate)),
     ("rescue", lambda argv: training.main([*argv, "--schedule", "constant"], loop=rescue)),
+    ("measured", lambda argv: training.main(argv, loop=measured)),
     ("thinned", lambda argv: explorers.main(["thinned", *argv])),
     ("fleet of 2", lambda argv: explorers.main(["fleet", "--also", "runs/claims/natural-10/middle", *argv]))])
 def test_an_arm_is_its_recipe_and_not_plain_s2l_po(arm, main, study, family, tmp_path, monkeypatch):
@@ -106,11 +110,11 @@ def test_an_arm_is_its_recipe_and_not_plain_s2l_po(arm, main, study, family, tmp
 
 def test_relatives_of_a_pair(study, monkeypatch):
     pairs.make_member("natural", 10, "pruned")
-    pruned, learner = (models.load(f"runs/claims/natural-10/{name}")[0] for name in ("pruned", "learner"))
+    pruned, learner = (checkpoint.load(f"runs/claims/natural-10/{name}")[0] for name in ("pruned", "learner"))
     assert len(pruned.layers) == 1 and len(learner.layers) == 2
     assert torch.equal(pruned.layers[0].mlp.down_proj.weight, learner.layers[0].mlp.down_proj.weight)
     problems = families.make_problems("habit", 64, 0)
-    corpus = [(problem.question, reward.habit_solution(problem.question, "-")) for problem in problems]
+    corpus = [(problem.question, habit_solution(problem.question, "-")) for problem in problems]
     monkeypatch.setattr(families, "make_corpus", lambda *_: corpus)
     monkeypatch.setattr(pairs, "make_corpus", lambda *_: corpus * 4)
     monkeypatch.setitem(pairs.CORPUS, "habit", (256, 2))
@@ -118,10 +122,11 @@ def test_relatives_of_a_pair(study, monkeypatch):
     monkeypatch.setattr(pairs, "RELATIVES", {"same": {}, "twin": {"init": 1}, "early": {"stop_after": 1}})
     for name in ("same", "twin", "early"):
         pairs.make_member("habit", 3, name)
-    norms = [models.load(f"runs/claims/habit-3/{name}")[0].norm.weight for name in ("same", "twin", "early")]
+    norm = lambda name: checkpoint.load(f"runs/claims/habit-3/{name}")[0].norm.weight
+    norms = [norm(name) for name in ("same", "twin", "early")]
     assert not torch.equal(norms[0], norms[1]) and not torch.equal(norms[0], norms[2])
-    reward.save_problems(problems[:8], "runs/claims/habit-3/heldout.jsonl")
-    texts = [[reward.habit_solution(problem.question, sign) for sign in "++--"] + [""] * 12
+    problems.save_problems(problems[:8], "runs/claims/habit-3/heldout.jsonl")
+    texts = [[habit_solution(problem.question, sign) for sign in "++--"] + [""] * 12
              for problem in problems[:8]]
     monkeypatch.setattr("eval.decode", lambda *_: texts)
     found = pairs.measure("habit", 3, "same", 16)
@@ -134,17 +139,17 @@ def test_relatives_of_a_pair(study, monkeypatch):
 def test_a_plan_counts_what_an_update_keeps_and_computes(more, tmp_path):
     """Beside an update with numbers: FLOPs, and bytes that autograd keeps of a micro-batch; a prompt once."""
     model, (P, G, L, T) = tiny_model(hidden_size=64, intermediate_size=96), (4, 3, 40, 12)
-    model.stop_ids, model.num_tokens = (), 24
+    model.num_tokens = 24
     (tmp_path / "config.json").write_text(json.dumps(model.hf_config))
     args = training.parse_flags([str(x) for x in (
         "--learner", tmp_path, "--data", "any", "--explorer", "none", "--prompts-per-step", P,
         "--group-size", G, "--max-new-tokens", T, "--minibatches", 1, *more)])
     prompts = torch.randint(1, 20, (P, L), generator=seeded()).tolist()
-    rollouts, reference = sample(model, prompts, G, seeded(), T), model if args.kl_coef else None
+    rollouts, reference = sample(model, prompts, G, seeded(), T, ()), model if args.kl_coef else None
     only_matmuls = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)  # which are counted
     with only_matmuls, FlopCounterMode(display=False) as counter:
-        grpo.update(model, reference, grpo.Optimizer(model, 0.0), prompts, rollouts, torch.randn(P, G),
-                    seeded(), **training.update_settings(args))
+        grpo.update(model, reference, Optimizer(model, 0.0), prompts, rollouts, torch.randn(P, G),
+                    training.objective_of(args), seeded())
     assert plan.plan(args, L)[1]["update"] == pytest.approx(counter.get_total_flops(), rel=0.1)
     args.eval_data, args.eval_problems, args.eval_n = "any", 5, 8  # more rows than a step's
     caches = KVCache(model, 5 * 8, L + T), KVCache(model, 5, L)

@@ -25,7 +25,8 @@ from anneal import explorer_share, split_group
 from grpo import update
 from model import hf_weights, load
 from recipes import trl_s2lpo as recipe
-from reward import Problem, Score, load_problems, save_problems
+from plumbing.problems import load_problems, save_problems
+from reward import Problem, Score
 from sample import Rollouts, decode
 from test_all import hf_pair, seeded
 

@@ -11,21 +11,29 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import grpo
-import model as models
-import sample as sampling
 import train as training
+from plumbing import checkpoint
+from plumbing.optimizer import Optimizer
 from recipes import claims, overtrain, pairs, remedies, worth
-from test_all import PROMPTS, family, flags, seeded, tiny_model  # noqa: F401
+from test_all import family, flags, seeded  # noqa: F401
 
 
 @pytest.fixture
 def steps_of(family, tmp_path, monkeypatch):
     """steps_of(loop, flags) runs it: (run, metrics, calls of sample, calls of update); calls hold all given
-    and, last, what came back. Of the samples only those that training reads."""
-    def run_here(loop, more):
+    and, last, what came back. Of the samples only those that training reads. wider: by how many columns of
+    padding the first sample's rollouts, and by how many all others."""
+    def run_here(loop, more, wider=(0, 0)):
         samples, updates = [], []
+
+        def sample(*given, **named):
+            r = real(*given, **named)
+            more = wider[bool(samples)]
+            r.ids, r.logps = F.pad(r.ids, (0, more)), F.pad(r.logps, (0, more))
+            return r
 
         def noting(function, calls):
             def noted(*given, **named):
@@ -34,9 +42,9 @@ def steps_of(family, tmp_path, monkeypatch):
             return noted
         args = training.parse_flags(flags(family, tmp_path / "run", "--eval-every", 0, *more.split()))
         with monkeypatch.context() as patch:
-            patch.setattr(training, "sample", noting(training.sample, samples))
-            for module in (training, remedies):
-                patch.setattr(module, "update", noting(module.update, updates))
+            real = training.sample
+            patch.setattr(training, "sample", noting(sample, samples))
+            patch.setattr(training, "update", noting(training.update, updates))
             run, explore = training.load_run(args, training.open_explorer)
             run.eval_problems = []
             loop(args, run, explore)
@@ -45,9 +53,11 @@ def steps_of(family, tmp_path, monkeypatch):
 
 
 def test_the_learner_cools_to_1_and_is_trained_at_the_temperature_it_sampled_at(steps_of):
+    """At another one the gradient is of a policy that drew none of this."""
     _, lines, samples, updates = steps_of(remedies.LOOPS["cooling"], "--explorer none --temperature 1.6")
-    for calls in (samples, updates):
-        assert [call[-2]["temperature"] for call in calls] == pytest.approx([1.6, 1.4, 1.2, 1.0])
+    for heats in ([call[6] for call in samples], [call[6].temperature for call in updates],
+                  [line["temperature"] for line in lines]):
+        assert heats == pytest.approx([1.6, 1.4, 1.2, 1.0])
     assert all(line["logp_gap_learner"] < 1e-5 for line in lines)
 
 
@@ -55,14 +65,16 @@ def test_a_hot_learner_beside_an_explorer_at_1(steps_of):
     """Trained at T 1 its own tokens would be off-policy; the explorer's T is another flag."""
     run, lines, samples, updates = steps_of(training.train, "--mix-steps 3 " + worth.ARMS["S2L-PO at T 1.6"])
     own, others = ([call for call in samples if (call[0] is run.learner) == mine] for mine in (True, False))
-    assert {call[5] for call in own} == {1.6} and {call[-2]["temperature"] for call in others} == {1.0}
-    assert all(call[-2]["temperature"] == 1.6 for call in updates)
+    assert {call[6] for call in own} == {1.6} and {call[6] for call in others} == {1.0}
+    assert all(call[6].temperature == 1.6 for call in updates)
     assert all(line["logp_gap_learner"] < 1e-5 for line in lines if line["rollouts_learner"])
 
 
-def test_dynamic_sampling_draws_all_fail_groups_again_and_no_others_and_pays_for_them(steps_of):
+@pytest.mark.parametrize("wider", [(0, 0), (0, 2), (2, 0)])
+def test_dynamic_sampling_draws_all_fail_groups_again_and_no_others_and_pays_for_them(wider, steps_of):
+    """What is drawn again may be longer or shorter than what was there (rollouts of a pool are)."""
     run, (line,), samples, updates = steps_of(remedies.LOOPS["dynamic"],
-                                             "--explorer none --steps 1 --loss dr_grpo")
+                                             "--explorer none --steps 1 --loss dr_grpo", wider)
     problem_of = {tuple(prompt): problem for prompt, problem in zip(run.prompts, run.problems)}
     fails, expected, thrown_away = [0, 1, 2, 3], [None] * 4, 0
     assert len(samples) > 1
@@ -71,13 +83,14 @@ def test_dynamic_sampling_draws_all_fail_groups_again_and_no_others_and_pays_for
         assert prompts != [expected[i] and expected[i][0] for i in fails]  # other problems
         texts = training.decode(rollouts, run.tokenizer)
         right = training.score_all([problem_of[tuple(prompt)] for prompt in prompts], texts)[..., 1].any(1)
-        for i, prompt, *group in zip(fails, prompts, rollouts.ids, right):
+        ids = F.pad(rollouts.ids, (0, 4 + max(wider) - rollouts.ids.shape[2]))
+        for i, prompt, *group in zip(fails, prompts, ids, right):
             expected[i] = (prompt, *group)
         last, fails = int(rollouts.lengths[~right].sum()), [i for i, ok in zip(fails, right) if not ok]
         thrown_away += last
     thrown_away -= last if len(samples) == 4 else 0  # after the last draw they stay
     prompts, rollouts, A = updates[0][3:6]
-    assert prompts == [group[0] for group in expected]
+    assert prompts == [group[0] for group in expected] and not rollouts.ids[~rollouts.mask].any()
     for i, (_, ids, right) in enumerate(expected):
         assert torch.equal(rollouts.ids[i], ids) and bool(A[i].any()) <= bool(right)
     assert 0 < A.max() <= 0.75  # (of one right in four; over the standard deviation it would be 1.5)
@@ -85,21 +98,6 @@ def test_dynamic_sampling_draws_all_fail_groups_again_and_no_others_and_pays_for
     size = {"learner": 100, "explorer": 10}
     kept = line["length_learner"] * 16
     assert worth.flops(line, size) == pytest.approx(200 * (kept + thrown_away) + 800 * line["tokens_trained"])
-
-
-@pytest.mark.parametrize("T, new_T", [(3, 5), (5, 3)])
-def test_what_is_drawn_again_may_be_longer_or_shorter(T, new_T):
-    write = lambda prompts, T: sampling.sample(tiny_model(), prompts, 2, seeded(), T)
-    rollouts, again, before = write(PROMPTS, T), write(PROMPTS[1:], new_T), write(PROMPTS, T)
-    batch, scores = [0, 1, 2, 3], torch.zeros(4, 2, 3)
-    scores[1, 0] = 1
-    write_again = lambda batch: (again, torch.ones(3, 2, 3))
-    thrown_away = remedies.draw_again(batch, rollouts, scores, write_again, [*"abcd"])
-    assert batch == ["a", 1, "c", "d"] and scores.sum((1, 2)).tolist() == [6, 3, 6, 6]
-    assert rollouts.ids.shape == rollouts.logps.shape == (4, 2, 5)
-    assert torch.equal(rollouts.ids[[0, 2, 3], :, :new_T], again.ids)
-    assert torch.equal(rollouts.ids[1, :, :T], before.ids[1])
-    assert thrown_away == before.lengths[[0, 2, 3]].sum() and not rollouts.ids[~rollouts.mask].any()
 
 
 def test_flops_by_hand():
@@ -125,19 +123,19 @@ def test_the_entropy_bonus_has_the_entropys_gradient(steps_of):
     both = [torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (bonus, less_entropy)]
     assert torch.allclose(*both, atol=1e-6)
     run, _, _, updates = steps_of(remedies.LOOPS["entropy"], "--explorer none --steps 1 --kl-coef 0.1")
-    learner, reference, _, prompts, rollouts, *_, named, _ = updates[0]
+    learner, reference, _, prompts, rollouts, _, objective, *_ = updates[0]
     ids, mask = rollouts.ids.flatten(0, 1), rollouts.mask.flatten(0, 1)
     logps, _ = grpo.response_logprobs(reference, prompts, torch.arange(4).repeat_interleave(4), ids, mask)
     assert torch.allclose(logps[mask], torch.tensor(-math.log(len(learner.head))))
-    assert named["kl_estimator"] == "k2" and named["kl_coef"] == 0.1 and reference is not learner
+    assert objective.kl_estimator == "k2" and objective.kl_coef == 0.1 and reference is not learner
 
 
 def test_raft_imitates_the_explorers_successes_then_leaves_it(steps_of, family):
     more = "--schedule step --mix-steps 1 --lr 1e-3 --max-grad-norm 1e9"
     run, (line,), _, updates = steps_of(remedies.LOOPS["raft"], f"{more} --steps 1")
     args = training.parse_flags(flags(family, "plain", *more.split()))
-    learner, _ = training.load(args.learner, "cpu", torch.float32)
-    optimizer = grpo.Optimizer(learner, 1e-3)
+    learner, *_ = checkpoint.load(args.learner)
+    optimizer = Optimizer(learner, 1e-3)
     prompts, rollouts, right = updates[0][3], updates[0][4], updates[0][5].flatten() == 1
     assert 0 < right.sum() < 16 and rollouts.from_explorer.all()
     ids, mask = rollouts.ids.flatten(0, 1)[right], rollouts.mask.flatten(0, 1)[right]
@@ -153,18 +151,8 @@ def test_raft_imitates_the_explorers_successes_then_leaves_it(steps_of, family):
 def test_after_the_warm_start_raft_is_grpo(steps_of):
     _, lines, _, updates = steps_of(remedies.LOOPS["raft"], "--schedule step --mix-steps 1 --steps 2")
     assert [line["rollouts_explorer"] for line in lines] == [16, 0]
-    assert [call[-2]["minibatches"] for call in updates] == [1, 1, 2]
-    rewards = training.score_all
+    assert [call[6].minibatches for call in updates] == [1, 1, 2]
     assert torch.allclose(updates[2][5].sum(1), torch.zeros(4), atol=1e-5)
-
-
-def test_without_its_change_the_loop_is_train(steps_of, tmp_path):
-    both = []
-    for loop in (training.train, remedies.variant):
-        _, lines, *_ = steps_of(loop, "--mix-steps 3")
-        both.append([{key: line[key] for key in ("loss", "grad_norm", "reward", "share")} for line in lines])
-        shutil.rmtree(tmp_path / "run")
-    assert both[0] == both[1]
 
 
 # ---- the study ---------------------------------------------------------------------------------------------
@@ -230,7 +218,7 @@ def test_a_runs_numbers_are_those_of_its_metrics(study, monkeypatch):
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert result["step"] == [0, 8, 16] and result["flops"][0] == 0
     assert result["strict@1"] == [lines[step]["eval_strict_pass@1"] for step in (0, 8, 16)]
-    size = {who: sum(p.numel() for p in models.load(pairs.directory("natural", 20) / who)[0].parameters())
+    size = {who: sum(p.numel() for p in checkpoint.load(pairs.directory("natural", 20) / who)[0].parameters())
             for who in ("learner", "explorer")}
     assert result["flops"][1] == pytest.approx(sum(worth.flops(line, size) for line in lines[1:9]))
     assert json.loads((out / "config.json").read_text())["temperature"] == 1.6

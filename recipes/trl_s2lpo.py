@@ -41,7 +41,8 @@ except ImportError as error:
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from anneal import explorer_share, split_group
 from plumbing.checkpoint import load
-from reward import Problem, load_problems, score
+from plumbing.problems import load_problems
+from reward import Problem, score
 from sample import sample
 
 NAMES = {"--group-size": "--num_generations", "--max-new-tokens": "--max_completion_length",  # TRL's names

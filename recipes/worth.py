@@ -30,7 +30,7 @@ import train
 from plumbing.books import evaluate_run
 from plumbing.checkpoint import load
 from plumbing.pictures import new_figure
-from plumbing.survival import write_whole
+from plumbing.files import write_whole
 from recipes.claims import GRID, SEARCH_SEEDS, area, do, interval, make_models, run_quietly, shown
 from recipes.measured import measured
 from recipes.pairs import directory, qualified
