@@ -22,5 +22,5 @@ import atexit
 import gc
 import os
 
-atexit.register(gc.freeze)  # else Python searches all that torch and transformers made once more before it ends
+atexit.register(gc.freeze)  # else Python searches all that torch and transformers made before it ends
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # OpenMP's threads spin while they wait, and starve others
