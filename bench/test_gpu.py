@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import plumbing  before torch, which reads a variable that it sets
+import plumbing  # before torch, which reads a variable that it sets
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ import torch
 import eval as evaluation
 import grpo
 import model as models
+from plumbing.problems import load_problems, save_problems
 import reward
 import sample as sampling
 import train as training
@@ -72,7 +73,7 @@ def family(tmp_path_factory):
     sizes = {"explorer": (16, 1), "learner": (24, 2)}
     families.make_family(out, "natural", sizes=sizes, corpus_size=256, epochs=1)
     for name in ("train", "heldout"):
-        problems.save_problems(problems.load_problems(out / f"{name}.jsonl")[:8], out / f"{name}.jsonl")
+        save_problems(load_problems(out / f"{name}.jsonl")[:8], out / f"{name}.jsonl")
     return out
 
 

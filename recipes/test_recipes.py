@@ -20,11 +20,12 @@ import torch
 
 import eval as evaluation
 import grpo
+from plumbing.problems import load_problems, save_problems
 import reward
 import sample as sampling
 import train as training
 from plumbing import books, checkpoint, family as families, pictures, pool as reader
-from plumbing.survival import Turn
+from plumbing.steps import Step
 from plumbing.text import decode
 from recipes import data, explorers, internlm2, measured, overnight, pool, remedies, retokenize
 from recipes import rescue as rescuing
@@ -145,7 +146,7 @@ def test_a_broken_record_is_named_when_it_is_drawn(ids, logps, complaint, stock)
 def test_a_pool_is_the_same_whether_or_not_its_writer_was_killed(family, tmp_path, monkeypatch, capsys):
     sums = [(f"{a}+{b}=", str((a + b) % 10)) for a in range(10) for b in range(4)]
     problems = [reward.Problem(*x, "natural") for x in sums]  # 40: two whole batches and a short one
-    problems.save_problems(problems, tmp_path / "sums.jsonl")
+    save_problems(problems, tmp_path / "sums.jsonl")
     out, note, seeds = tmp_path / "pool.jsonl", tmp_path / "pool.jsonl.settings.json", []
     monkeypatch.setattr(pool, "sample", lambda model, prompts, n, generator, *more, **settings: seeds.append(
         generator.initial_seed()) or sampling.sample(model, prompts, n, generator, *more, **settings))
@@ -204,9 +205,9 @@ def interrupt(monkeypatch, module, calls):
 
 def test_ctrl_c_ends_pool_and_eval_without_a_traceback_and_they_go_on(family, tmp_path, monkeypatch, capsys):
     """Of a night's sampling only the batch is lost that it was at."""
-    problems = problems.load_problems(family / "train.jsonl")
+    problems = load_problems(family / "train.jsonl")
     problems = [reward.Problem(f"{i}+{p.question}", p.answer, "natural") for i in (1, 2) for p in problems]
-    problems.save_problems(problems, tmp_path / "data.jsonl")  # 40: three batches
+    save_problems(problems, tmp_path / "data.jsonl")  # 40: three batches
     argv = lambda out: [str(x) for x in (
         "--model", family / "explorer", "--data", tmp_path / "data.jsonl", "--n", 2, "--max-new-tokens", 4,
         "--device", "cpu", "--out", tmp_path / out)]
@@ -410,8 +411,8 @@ def test_the_page_of_rollouts_shows_whatever_was_written_and_runs_none_of_it(tmp
     problems = [reward.Problem("<b>1</b>", "1"), reward.Problem("2", "<i>2")]
     (tmp_path / "rollouts").mkdir()
     for step in (1, 2):
-        turn = Turn(step, [0, 1], problems, None, None)
-        pictures.note(tmp_path, turn, written, torch.ones(2, 2, 3), ratio[..., 0], tokens, tokenizer)
+        done = Step(step, [0, 1], problems, None, None, written, torch.ones(2, 2, 3), ratio[..., 0], {}, tokens)
+        pictures.note(tmp_path, done, tokenizer)
     page = (tmp_path / "rollouts.html").read_text()
     read = Texts(page)
     assert not {"script", "img", "b"} & read.tags and "\x1b" not in page and "http" not in page

@@ -14,6 +14,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import grpo
+from plumbing.problems import save_problems
 import reward
 import train as training
 from plumbing import checkpoint
@@ -125,7 +126,7 @@ def test_relatives_of_a_pair(study, monkeypatch):
     norm = lambda name: checkpoint.load(f"runs/claims/habit-3/{name}")[0].norm.weight
     norms = [norm(name) for name in ("same", "twin", "early")]
     assert not torch.equal(norms[0], norms[1]) and not torch.equal(norms[0], norms[2])
-    problems.save_problems(problems[:8], "runs/claims/habit-3/heldout.jsonl")
+    save_problems(problems[:8], "runs/claims/habit-3/heldout.jsonl")
     texts = [[habit_solution(problem.question, sign) for sign in "++--"] + [""] * 12
              for problem in problems[:8]]
     monkeypatch.setattr("eval.decode", lambda *_: texts)
