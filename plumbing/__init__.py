@@ -18,6 +18,9 @@
 
 Every program imports this package before torch, which reads the variable below once, when it is imported.
 """
+import atexit
+import gc
 import os
 
+atexit.register(gc.freeze)  # else Python searches all that torch and transformers made before it ends
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # OpenMP's threads spin while they wait, and starve others
