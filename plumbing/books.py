@@ -22,13 +22,13 @@ def keep_books(args, run, turn, line, rollouts, scores, advantages, metrics, tok
     are update's, and tokens may be None. FloatingPointError if no update was finite in five steps."""
     settle(run, {"step": turn.step} | line | metrics | measure(rollouts, scores, turn.seconds))
     line, last = run.history[-1], turn.step == args.steps
+    warn(args, run, turn)
     if len(run.history) >= 5 and all(past.get("skipped_updates") for past in run.history[-5:]):
         raise FloatingPointError(f"loss or gradient not finite in five steps, up to {turn.step}: "
                                  "try a lower --lr")
     if last or due(turn.step, args.save_every) and not line["skipped_updates"]:
         save_checkpoint(run, Path(args.out))
     publish(args, run)
-    warn(args, run, turn)
     if last or turn.step == 1 or due(turn.step, args.eval_every):
         with only_to_look_at("no rollouts to look at"):
             if turn.step == 1:
