@@ -49,6 +49,7 @@ class Config:
             ("hidden_act", hf.get("hidden_act", "silu"), ("silu",)),
             ("attention_bias", hf.get("attention_bias"), (None, False)),
             ("mlp_bias", hf.get("mlp_bias"), (None, False)),
+            ("num_hidden_layers", hf.get("num_hidden_layers", 1), range(1, 1_001)),  # of 1e8 it never ends
             ("quantization_config", hf.get("quantization_config"), (None,))) if value not in fine]
         if wrong:
             raise ValueError(f"{', '.join(wrong)} is not implemented: qwen3, qwen2, llama and mistral are "

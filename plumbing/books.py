@@ -25,6 +25,7 @@ def keep_books(args, run, step, **line):
     step.rollouts, last = step.rollouts.cpu(), step.number == args.steps
     line = {"step": step.number} | line | step.metrics | measure(step)
     run.history.append(line)
+    warn(args, run, step)
     if len(run.history) >= 5 and all(past.get("skipped_updates") for past in run.history[-5:]):
         raise FloatingPointError(f"loss or gradient not finite in five steps, up to {step.number}: "
                                  "try a lower --lr")
@@ -32,7 +33,6 @@ def keep_books(args, run, step, **line):
         save_checkpoint(run, Path(args.out))
     settle(run)
     publish(args, run)
-    warn(args, run, step)
     if last or step.number == 1 or due(step.number, args.eval_every):
         with only_to_look_at("no rollouts to look at"):
             if step.number == 1:
@@ -186,7 +186,8 @@ def report(args, run, line):
     by = [f"{who} {line[f'reward_{who}']:.3f}" for who in ("explorer", "learner") if line[f"rollouts_{who}"]]
     held_out = f"   held out {line['eval_strict_pass@1']:.3f}" if "eval_curve" in line else ""
     print(f"step {line['step']:3d}/{args.steps}   explorer {line['share']:4.0%}   "
-          f"reward {line['reward']:.3f} ({', '.join(by)})   {seconds[-1]:.1f} s, {left} left{held_out}", flush=True)
+          f"reward {line['reward']:.3f} ({', '.join(by)})   {seconds[-1]:.1f} s, {left} left{held_out}",
+          flush=True)
 
 
 def warn(args, run, step):

@@ -176,7 +176,8 @@ def plain_grpo(out):
     def experiment(path):
         settings = json.loads((path / "config.json").read_text())
         who = settings["hash_of_explorer"], settings["recipe"]
-        explorers = {name for name in settings if "explorer" in name} | {"schedule", "mix_steps", "recipe"}
+        explorers = {name for name in settings if "explorer" in name}
+        explorers |= {"schedule", "mix_steps", "off_policy", "recipe"}
         return settings | dict.fromkeys(FREE | explorers), who
     for path in sorted(out.parent.glob("*")):  # none, if that directory may not be listed
         try:

@@ -63,6 +63,7 @@ def new_directory():
 
 def claim(args, run):
     """Makes args.out this run's, or takes up the run in it. ValueError if that was another experiment."""
+    args.out = args.out or str(new_directory())
     settings = vars(args) | {f"hash_of_{name}": value for name, value in run.hashes.items()}
     settings["stops"] = list(run.stops)
     if before := settings_of(args.out):
@@ -71,7 +72,6 @@ def claim(args, run):
                        if settings[name] != before.get(name)]:
             raise ValueError(f"{args.out} began with other settings: {', '.join(changed)}")
         restore(run, Path(args.out))
-    args.out = args.out or str(new_directory())
     args.id = settings["id"] = before.get("id") or f"{Path(args.out).name}-{os.urandom(4).hex()}"
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
