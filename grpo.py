@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from model import fused_logprobs, read_prompts
@@ -176,7 +177,8 @@ def kl_estimates(logps, ref_logps, mask, estimator="k3"):
 def response_logprobs(model, prompts, groups, ids, mask, temperature=1.0):
     """(log-probs, entropies), each [N, T], of the responses ids [N, T] (valid where mask [N, T]) to the
     prompts (lists of ids) that groups [N] names. At the sampler's temperature: else the gradient is of a
-    policy that drew none of this.
+    policy that drew none of this. groups and mask had better lie on the CPU: they decide shapes, and a GPU
+    would run dry while it is asked for them.
 
     A group shares its prompt, so each prompt runs once. The responses attend to its keys and values, through
     which their gradients flow back into it. The prompt's last token predicts a response's first, and the
@@ -184,6 +186,8 @@ def response_logprobs(model, prompts, groups, ids, mask, temperature=1.0):
     present, groups = groups.unique(return_inverse=True)  # groups [N] now counts these rows' prompts alone
     last, cache, lengths = read_prompts(model, [prompts[group] for group in present.tolist()])
     T, L, device = int(mask.sum(1).max()), cache[0][0].shape[2], ids.device  # longest response and prompt
+    N, real = len(ids), mask[:, :T].flatten().nonzero().squeeze(1)  # which of N*T places hold a token
+    groups, real = groups.to(device), real.to(device)
 
     steps, slots = torch.arange(T - 1, device=device), torch.arange(L + T - 1, device=device)
     in_prompt = slots < lengths[groups, None, None]  # [N, 1, L+T-1]
@@ -202,10 +206,11 @@ def response_logprobs(model, prompts, groups, ids, mask, temperature=1.0):
     if T > 1:
         rest = model(ids[:, :T - 1], lengths[groups, None] + steps, after_prompt)  # [N, T-1, D]
         hidden = torch.cat([hidden, rest], dim=1)
-    hidden = hidden[mask[:, :T]]  # [N, T, D] -> [response tokens, D], row by row
-    logps, entropies = fused_logprobs(hidden, model.head, ids[mask], temperature, compile=model.compiled)
-    blank = torch.zeros(mask.shape, device=device)
-    return blank.masked_scatter(mask, logps), blank.masked_scatter(mask, entropies)
+    hidden = hidden.flatten(0, 1).index_select(0, real)  # [N, T, D] -> [response tokens, D], row by row
+    targets = ids[:, :T].flatten()[real]
+    found = fused_logprobs(hidden, model.head, targets, temperature, compile=model.compiled)
+    blank = torch.zeros(N * T, device=device)
+    return [F.pad(blank.index_copy(0, real, x).view(N, T), (0, ids.shape[1] - T)) for x in found]
 
 
 def update(learner, reference, optimizer, prompts, rollouts, advantages, objective, generator):
@@ -217,24 +222,24 @@ def update(learner, reference, optimizer, prompts, rollouts, advantages, objecti
     ids, mask, sampler_logps, from_explorer, A = (x.flatten(0, 1) for x in (  # [P, G, ...] -> [N, ...]
         rollouts.ids, rollouts.mask, rollouts.logps, rollouts.from_explorer, advantages))
     device, loss = ids.device, LOSSES[objective.loss]
-    groups = torch.arange(P, device=device).repeat_interleave(G)  # [N] the prompt of each row
-    sizes = groups.tolist(), [len(prompts[row // G]) for row in range(P * G)], mask.sum(1).tolist()
+    groups, there = torch.arange(P).repeat_interleave(G), mask.cpu()  # [N] each row's prompt, and the mask
+    sizes = groups.tolist(), [len(prompts[row // G]) for row in range(P * G)], there.sum(1).tolist()
     # Without a KL, A = 0 is a gradient of 0. A model that has become NaN earns equal rewards too, but its
     # rows run: their loss is NaN, which is counted.
     teaches = (bool(reference) | (A != 0) | sampler_logps.sum(1).isnan()).tolist()
 
-    def logprobs(model, rows):
-        return response_logprobs(model, prompts, groups[rows], ids[rows], mask[rows], objective.temperature)
+    def logprobs(model, part, rows):
+        return response_logprobs(model, prompts, groups[part], ids[rows], there[part], objective.temperature)
 
     def cut(rows):
         parts = micro_batches([row for row in rows if teaches[row]], *sizes, objective.micro_batch_tokens)
-        return [torch.tensor(part, device=device) for part in parts]
+        return [(part, torch.tensor(part, device=device)) for part in parts]  # for the host, for the device
 
     @torch.no_grad()
     def fixed_logprobs(model):
         logps = torch.zeros(mask.shape, device=device)
-        for rows in cut(range(P * G)):
-            logps[rows] = logprobs(model, rows)[0]
+        for part, rows in cut(range(P * G)):
+            logps[rows] = logprobs(model, part, rows)[0]
         return logps
 
     # pi_old [N, T] is held fixed while theta moves, or nothing would ever clip. With only one mini-batch it
@@ -242,19 +247,18 @@ def update(learner, reference, optimizer, prompts, rollouts, advantages, objecti
     learner_logps = fixed_logprobs(learner) if objective.minibatches > 1 else None
     ref_logps = fixed_logprobs(reference) if reference else None
 
-    losses, grad_norms, trained = [], [], torch.zeros_like(mask)
+    losses, grad_norms, trained = [], [], torch.zeros_like(there)
     weights = torch.zeros(mask.shape, device=device)  # [N, T]
     names = ["ratio", "clip_fraction", "entropy", "logp_gap"] + ["kl"] * bool(reference)
     at_token = torch.zeros(len(names), *mask.shape, device=device)  # what the metrics are means of
-    order = torch.randperm(P, generator=generator).to(device)
+    order = torch.randperm(P, generator=generator)
     for chosen in order.tensor_split(objective.minibatches):  # [P/m]
-        minibatch = (chosen[:, None] * G + torch.arange(G, device=device)).flatten()  # whole groups: [P/m*G]
+        minibatch = (chosen[:, None] * G + torch.arange(G)).flatten()  # whole groups: [P/m*G]
         # Before micro-batches are cut and rows without a gradient left out: neither can change the loss
         weights[minibatch] = loss.weights(mask[minibatch].float(), objective.max_new_tokens)
-        loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-        parts = cut(minibatch.tolist())
-        for rows in tqdm(parts, "training", unit="part", delay=10, leave=False, disable=None):
-            logps, entropies = logprobs(learner, rows)
+        part_losses, parts = [A.new_zeros(())], cut(minibatch.tolist())
+        for part, rows in tqdm(parts, "training", unit="part", delay=10, leave=False, disable=None):
+            logps, entropies = logprobs(learner, part, rows)
             before = logps.detach() if learner_logps is None else learner_logps[rows]
             old_logps, importance = off_policy_correction(
                 objective.off_policy, before, sampler_logps[rows], from_explorer[rows], mask[rows])
@@ -268,12 +272,13 @@ def update(learner, reference, optimizer, prompts, rollouts, advantages, objecti
                 values.append(kl.detach())
             part_loss.backward()
             optimizer.accumulate()
-            loss_sum += part_loss.detach()
-            trained[rows], at_token[:, rows] = mask[rows], torch.stack(values)
-        losses.append(loss_sum.item())
-        grad_norms.append(optimizer.step(objective.max_grad_norm, losses[-1]))  # nan: skipped, not finite
+            part_losses.append(part_loss.detach())
+            trained[part], at_token[:, rows] = there[part], torch.stack(values)
+        losses.append(torch.stack(part_losses))  # [parts + 1]
+        grad_norms.append(optimizer.step(objective.max_grad_norm, losses[-1].sum()))  # nan: skipped
 
-    at_token, trained, from_explorer = at_token.cpu(), trained.cpu(), from_explorer.cpu()  # they cross once
+    losses = [sum(found.tolist()) for found in losses]
+    at_token, from_explorer = at_token.cpu(), from_explorer.cpu()  # they cross once
     metrics = {"loss": float(np.mean(losses)), "grad_norm": float(np.mean(grad_norms)),
                "skipped_updates": int(np.isnan(grad_norms).sum()), "tokens_trained": int(trained.sum())}
     sources = {"": torch.ones_like(from_explorer), "_explorer": from_explorer, "_learner": ~from_explorer}

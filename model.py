@@ -232,17 +232,16 @@ class Transformer(nn.Module):
 def read_prompts(model, prompts):
     """Runs P prompts (lists of ids), each once. Returns the hidden state at each one's last token [P, D],
     every layer's keys and values {layer: (k, v)}, each [P, K, L, h] with L the longest, and lengths [P]."""
-    device = model.head.device
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    padded = [torch.tensor(prompt, device=device) for prompt in prompts]
-    padded, cache = nn.utils.rnn.pad_sequence(padded, batch_first=True), {}  # [P, L]
+    padded = nn.utils.rnn.pad_sequence(list(map(torch.tensor, prompts)), batch_first=True, padding_value=-1)
+    padded, cache = padded.to(model.head.device), {}  # [P, L]: they cross once, and a GPU waits for each copy
+    lengths = (padded >= 0).sum(1)
 
     def keep(layer, k, v):
         cache.setdefault(layer, (k, v))  # checkpoint_layers comes by once more, in the backward pass
         return k, v
 
-    hidden = model(padded, past=keep)  # [P, L, D]
-    return hidden[torch.arange(len(prompts), device=device), lengths - 1], cache, lengths
+    hidden = model(padded.clamp(min=0), past=keep)  # [P, L, D]
+    return hidden[torch.arange(len(prompts), device=padded.device), lengths - 1], cache, lengths
 
 
 # ---- log pi(target) without the [tokens, vocabulary] array -------------------------------------------------

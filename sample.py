@@ -41,6 +41,10 @@ class Rollouts:
         """[P, G, T] True on the response's tokens: up to the first stop token, which it includes."""
         return torch.arange(self.ids.shape[2], device=self.ids.device) < self.lengths[..., None]
 
+    def cpu(self):
+        """The rollouts where asking for a value waits for no device."""
+        return Rollouts(*(getattr(self, field.name).cpu() for field in fields(self)))
+
     def __getitem__(self, which):
         """The rollouts of some prompts: `which` [P'] are their indices."""
         return Rollouts(*(getattr(self, field.name)[which] for field in fields(self)))
@@ -150,17 +154,19 @@ class Flight:
         self.step = compiled(decode_step) if model.compiled else decode_step
 
     def look(self):
-        """Indices of the rows that do not run. It waits for the device."""
-        self.longest = int(self.cache.lengths.max())
-        return (~self.running).nonzero().squeeze(1)
+        """Indices of the rows that do not run, on the CPU. It waits for the device, once."""
+        seen = torch.cat([self.cache.lengths.max()[None], self.running]).cpu()
+        self.longest, self.runs = int(seen[0]), seen[1:] > 0
+        return (~self.runs).nonzero().squeeze(1)
 
     def admit(self, prompts, rows, rollouts):
         """Gives P' prompts these idle rows, in which they write `rollouts`: [P'*G] each, group after group."""
-        self.entering, self.seats, self.rollout[rows] = prompts, rows, rollouts
+        self.entering, self.seats = prompts, rows.to(rollouts.device)
+        self.rollout[self.seats] = rollouts
 
     def retire(self):
-        """Keeps the rows that run, and frees the others' memory."""
-        keep = self.running.nonzero().squeeze(1)
+        """Keeps the rows that ran at the last look, and frees the others' memory."""
+        keep = self.runs.nonzero().squeeze(1).to(self.running.device)
         self.cache.select(keep)
         self.rollout, self.token, self.running = self.rollout[keep], self.token[keep], self.running[keep]
 

@@ -20,6 +20,7 @@ from plumbing.survival import EVALUATION, generator, last_step, save_checkpoint,
 def keep_books(args, run, turn, line, rollouts, scores, advantages, metrics, tokens):
     """After an update. `line`: what the loop has to say of the step, its share at least; metrics and tokens
     are update's, and tokens may be None. FloatingPointError if no update was finite in five steps."""
+    rollouts = rollouts.cpu()
     settle(run, {"step": turn.step} | line | metrics | measure(rollouts, scores, turn.seconds))
     line, last = run.history[-1], turn.step == args.steps
     if len(run.history) >= 5 and all(past.get("skipped_updates") for past in run.history[-5:]):
@@ -54,8 +55,7 @@ def only_to_look_at(what):
 def measure(rollouts, scores, seconds):
     """Metrics of a step's rollouts [P, G] and scores [P, G, 3], which docs/metrics.md explains, and of its
     phases' seconds, {"sampling": .., "scoring": .., "training": ..}."""
-    lengths, finished, explorer = (x.cpu() for x in (
-        rollouts.lengths, rollouts.finished, rollouts.from_explorer))  # [P, G] each
+    lengths, finished, explorer = rollouts.lengths, rollouts.finished, rollouts.from_explorer  # [P, G] each
     rewards, right = scores[..., 0], scores[..., 1] > 0  # [P, G] each
     by_learner = (right & ~explorer).any(1)  # [P, G] -> [P] the learner solved it
     mean = lambda x: x.float().mean().item() if x.numel() else None

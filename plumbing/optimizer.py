@@ -26,8 +26,9 @@ class Optimizer:
         down to max_norm. Where that or the loss is not finite, nothing is updated and nan returned."""
         for master in self.masters:  # none if no group was informative: AdamW still moves by its moments
             master.grad = torch.zeros_like(master) if master.grad is None else master.grad
-        norm = torch.nn.utils.clip_grad_norm_(self.masters, max_norm).item()
-        finite = np.isfinite(norm + loss)
+        norm = torch.nn.utils.clip_grad_norm_(self.masters, max_norm)
+        norm, total = torch.stack([norm, norm + loss]).tolist()  # the device is asked once
+        finite = np.isfinite(total)
         if finite:
             self.adamw.step()
             self.copy_masters()

@@ -26,8 +26,8 @@ def encode_all(problems, tokenizer, thinking=None):
 
 def decode(rollouts, tokenizer):
     """[P][G] texts, special tokens left out."""
-    return [[tokenizer.decode(ids[:length].tolist(), skip_special_tokens=True) for ids, length in zip(*group)]
-            for group in zip(rollouts.ids, rollouts.lengths)]
+    return [[tokenizer.decode(ids[:length], skip_special_tokens=True) for ids, length in zip(*group)]
+            for group in zip(rollouts.ids.tolist(), rollouts.lengths.tolist())]  # they cross once
 
 
 def pieces(ids, tokenizer):
