@@ -4,6 +4,7 @@
     tasks.py       the laptop's two tasks
     family.py      the laptop's two models
     checkpoint.py  Hugging Face directories, in and out
+    nucleus.py     top-p
     text.py        prompts to tokens, tokens to text
     optimizer.py   AdamW in float32, and mini-batches in parts that fit into memory
     pool.py        an explorer whose rollouts lie in a file
@@ -12,8 +13,9 @@
     pictures.py    its curve, and its rollouts as a page
     log.py         TensorBoard, Weights & Biases, Trackio
 
-Every program imports this package before torch, which reads the variable below once, when it is imported.
+Every program imports this package before torch, which reads the variables below once, when it is imported.
 """
 import os
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # OpenMP's threads spin while they wait, and starve others
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # of many different shapes

@@ -6,6 +6,7 @@ looked at (the page, the picture, the --log) may fail with a warning, and never 
 import contextlib
 import json
 import sys
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
@@ -15,12 +16,13 @@ from eval import crossover, evaluate, interval, pass_at_k, powers_of_two, table
 from plumbing import pictures
 from plumbing.checkpoint import save
 from plumbing.survival import EVALUATION, generator, last_step, save_checkpoint, settle
+from sample import Rollouts
 
 
 def keep_books(args, run, turn, line, rollouts, scores, advantages, metrics, tokens):
     """After an update. `line`: what the loop has to say of the step, its share at least; metrics and tokens
     are update's, and tokens may be None. FloatingPointError if no update was finite in five steps."""
-    rollouts = rollouts.cpu()
+    rollouts = Rollouts(*(getattr(rollouts, field.name).cpu() for field in fields(Rollouts)))  # they cross once
     settle(run, {"step": turn.step} | line | metrics | measure(rollouts, scores, turn.seconds))
     line, last = run.history[-1], turn.step == args.steps
     if len(run.history) >= 5 and all(past.get("skipped_updates") for past in run.history[-5:]):
