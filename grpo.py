@@ -191,12 +191,13 @@ def response_logprobs(model, prompts, groups, ids, mask, temperature=1.0):
     N, real = len(ids), mask[:, :T].flatten().nonzero().squeeze(1)  # which of N*T places hold a token
     groups, real = groups.to(device), real.to(device)
 
-    steps, slots = torch.arange(T - 1, device=device), torch.arange(L + T - 1, device=device)
-    in_prompt = slots < lengths[groups, None, None]  # [N, 1, L+T-1]
-    so_far = (slots >= L) & (slots - L <= steps[:, None])  # [T-1, L+T-1]
-    allowed = torch.where(in_prompt | so_far, 0.0, -torch.inf).to(last.dtype)[:, None]  # [N, 1, T-1, L+T-1]
+    width = -(-(L + T - 1) // 8) * 8  # of the mask, cut off later: a GPU copies masks of other strides
+    steps, slots = torch.arange(T - 1, device=device), torch.arange(width, device=device)
+    in_prompt = slots < lengths[groups, None, None]  # [N, 1, width]
+    so_far = (slots >= L) & (slots - L <= steps[:, None])  # [T-1, width]
+    allowed = torch.where(in_prompt | so_far, 0.0, -torch.inf).to(last.dtype)[:, None]  # [N, 1, T-1, width]
     query_heads = model.config.num_attention_heads // model.config.num_key_value_heads  # of a key head
-    allowed = allowed.repeat(1, 1, query_heads, 1)  # which `attend` lays one after another as more queries
+    allowed = allowed.repeat(1, 1, query_heads, 1)[..., :L + T - 1]  # `attend` folds heads into queries
 
     def after_prompt(layer, k, v):  # [N, K, T-1, h] -> [N, K, L+T-1, h]
         return *(torch.cat([old.index_select(0, groups), new], dim=2)

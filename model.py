@@ -102,8 +102,10 @@ def attend(q, k, v, mask=None):
     """Attention [B, H, T, h] of queries q [B, H, T, h] over keys and values [B, K, S, h]. Query heads that
     share a key head are folded into the query axis: mask [B, 1, H/K*T, S], 0 or -inf, says what each may see
     (its third dimension may be 1). None: itself and all before it, S = T."""
-    if mask is None:
+    if mask is None and (q.device.type == "cpu" or q.is_cuda and q.dtype != torch.float32):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    if mask is None:  # CUDA has no kernel for this in float32, and MPS's is reported to see what comes later
+        mask = q.new_full((q.shape[2], q.shape[2]), -torch.inf).triu(1).repeat(q.shape[1] // k.shape[1], 1)
     grouped = q.reshape(*k.shape[:2], -1, q.shape[-1])  # [B, H, T, h] -> [B, K, H/K*T, h]
     if q.device.type == "cpu" and q.dtype == torch.float32 and grouped.shape[2] <= 16:  # SDPA: slow
         grouped, k, v, mask = (x.flatten(0, 1) for x in (grouped, k, v, mask.expand(-1, k.shape[1], -1, -1)))
@@ -226,8 +228,15 @@ class Transformer(nn.Module):
         for i, layer in enumerate(self.layers):
             inputs = x, cos, sin, functools.partial(past, i) if past else None
             recompute = self.checkpoint_layers and torch.is_grad_enabled()
-            x = checkpoint(layer, *inputs, use_reentrant=False) if recompute else layer(*inputs)
+            again = dict(use_reentrant=False, preserve_rng_state=False)  # there is no dropout
+            x = checkpoint(layer, *inputs, **again) if recompute else layer(*inputs)
         return self.norm(x)
+
+    def logits(self, hidden):
+        """[R, D] -> [R, V] in float32. The padding of the vocabulary is computed too, and cut off: GPUs are
+        slow at a matrix of odd width, and Qwen3's tokeniser has 151,669 tokens (not measured)."""
+        weight = self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+        return project(hidden, weight)[..., :self.num_tokens].float()
 
 
 def read_prompts(model, prompts):
@@ -326,10 +335,11 @@ class _FusedLogProb(torch.autograd.Function):
         return d_hidden.to(hidden.dtype), d_weight, None, None, None, None
 
 
-def fused_logprobs(hidden, weight, targets, temperature=1.0, chunk=1024, compile=False):
+def fused_logprobs(hidden, weight, targets, temperature=1.0, chunk=None, compile=False):
     """(log pi(target), entropy), each [N] in fp32, of hidden [N, D], weight [V, D], targets [N].
 
     Equals `naive_logprobs` in value and gradient; but for the gradient itself its memory does not grow with
     V. The entropy is the tempered distribution's and carries no gradient (the paper's entropy coefficient is
     0)."""
+    chunk = chunk or (1024 if hidden.device.type == "cpu" else 4096)  # a GPU wants few, large products
     return _FusedLogProb.apply(hidden, weight, targets, temperature, min(chunk, len(weight)), compile)

@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import compiled, project, read_prompts
+from model import compiled, read_prompts
+from plumbing.nucleus import outside_nucleus
 from plumbing.text import cut, decode, encode, printable, stop_texts
 
 LOOK_EVERY = 8  # tokens: how often the host asks which rows have finished. Each time it waits for the GPU
@@ -70,6 +71,7 @@ def signed(write):
     return explore
 
 
+@torch.inference_mode()
 def draw(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
     """(token, its log-prob) per row, from logits [R, V] and one uniform number in [0, 1) per row.
 
@@ -83,14 +85,14 @@ def draw(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
         kth = logits.topk(top_k).values[:, -1:]  # [R, 1]
         logits = logits.masked_fill(logits < kth, -torch.inf)  # [R, V]
     if top_p < 1:  # keep the smallest set of likeliest tokens whose mass reaches top_p
-        p, order = logits.softmax(-1).sort(descending=True)  # [R, V] each
-        outside = p.cumsum(-1) - p >= top_p  # [R, V] in order of likelihood
-        logits = logits.masked_fill(torch.empty_like(outside).scatter_(1, order, outside), -torch.inf)
+        logits = logits.masked_fill(outside_nucleus(logits.softmax(-1), top_p), -torch.inf)
     p = logits.softmax(-1)
     cdf = p.cumsum(-1)  # [R, V]
     target = uniform[:, None].clamp(max=1 - 2 ** -22) * cdf[:, -1:]  # strictly below the sum, if rounded too
     token = torch.searchsorted(cdf, target, right=True).squeeze(1)  # first id with cdf > target: none of p 0
     token = token.clamp(max=logits.shape[-1] - 1)  # if the logits are NaN, none is; the update finds them
+    # A GPU adds a single row up in parallel: by rounding its cdf may rise at a token of p 0 (not measured).
+    token = torch.where(p.gather(1, token[:, None]).squeeze(1) > 0, token, p.argmax(-1))
     return token, p.gather(1, token[:, None]).squeeze(1).log()
 
 
@@ -139,14 +141,14 @@ def decode_step(model, tokens, cache, used):
     """Logits [R, V] of what follows tokens [R], whose keys and values go to slot cache.lengths of each row.
     The caller then advances cache.lengths."""
     hidden = model(tokens[:, None], cache.lengths[:, None], cache.past(used))[:, 0]  # [R, 1, D] -> [R, D]
-    return project(hidden, model.head).float()
+    return model.logits(hidden)
 
 
 class Flight:
     """R rows in flight: the cache, which rollout each row writes, its last token, whether it still runs."""
 
     def __init__(self, model, rows, slots):
-        device = model.head.device
+        device, slots = model.head.device, -(-slots // 16) * 16  # a GPU copies masks of other widths
         self.model, self.slots, self.entering = model, slots, []
         self.cache = KVCache(model, rows, slots + 1)  # the last is never read: of all, torch compiles again
         self.longest = 0  # a bound on the longest row, which the host knows without asking the device
@@ -171,15 +173,16 @@ class Flight:
         self.cache.select(keep)
         self.rollout, self.token, self.running = self.rollout[keep], self.token[keep], self.running[keep]
 
+    @torch.inference_mode()  # quicker than no_grad. Only what `sample` makes outside of it can be trained on
     def decode(self):
         """Logits [R, V] of every row's next token. Idle rows decode too, at a slot that stands still; what
         they draw is thrown away. Prompts that enter are run here, and predict their rows' first token."""
         R, prompts, self.entering = len(self.running), self.entering, []
         self.longest = min(self.longest + 1, self.slots)
         if prompts and len(self.seats) == R:  # nobody else is there
-            logits = torch.zeros(R, len(self.model.head), device=self.running.device)
+            logits = torch.zeros(R, self.model.num_tokens, device=self.running.device)
         else:
-            used = min(-(-self.longest // 16) * 16, self.slots)  # few different shapes
+            used = -(-self.longest // 16) * 16  # few different shapes
             logits = self.step(self.model, self.token, self.cache, used)
             self.cache.lengths += self.running
         if prompts:
@@ -187,7 +190,7 @@ class Flight:
             group = torch.arange(len(prompts), device=self.seats.device)
             group = group.repeat_interleave(len(self.seats) // len(prompts))  # [P'*G]: a prompt serves G rows
             self.cache.put(self.seats, cache, lengths, group)
-            logits[self.seats] = project(hidden, self.model.head).float()[group]
+            logits[self.seats] = self.model.logits(hidden)[group]
             self.running[self.seats], self.longest = True, max(self.longest, *map(len, prompts))
         return logits
 

@@ -1,11 +1,11 @@
-"""A pretend CUDA device: real numbers on the CPU, and CUDA's rules. It needs no GPU and no CUDA build of torch.
+"""A pretend CUDA device: real numbers on the CPU, and CUDA's rules. It needs no GPU and no CUDA build.
 
     with pretend() as seen:
         x = torch.zeros(3, device="cuda")  # x.device is cuda:0
         x + torch.zeros(3)                 # raises what CUDA would, and seen.faults says so
 
-A tensor lies on the device if its *storage* carries a mark, so views, .data and what autograd saved agree. Two
-modes watch. `Functions` is what Python sees: .device, device=, .to, .cpu, .numpy. `Operators` is below it,
+A tensor lies on the device if its *storage* carries a mark, so views, .data and what autograd saved agree.
+Two modes watch. `Functions` is what Python sees: .device, device=, .to, .numpy. `Operators` is below it,
 where every operation comes by, the backward pass's too: it marks results, raises what CUDA would, and counts
 waits (the host asks for a value) and copies (for which it waits too). Where CUDA would be silently wrong it
 helps: memory that nobody wrote is NaN, and different values written to one place are a fault.
@@ -93,7 +93,7 @@ class Functions(TorchFunctionMode):
             seen.note("wait" if name == "tolist" else "copy")
         if crosses:
             return mark(out.clone() if key(out) == key(args[0]) else out, device=home)
-        return mark(out, given) if home else out  # also what no operation made, but storage.clone() or numbers
+        return mark(out, given) if home else out  # also what no operation made, but storage.clone()
 
 
 class Operators(TorchDispatchMode):
@@ -105,11 +105,11 @@ class Operators(TorchDispatchMode):
         seen, given = self.seen, tensors(args, kwargs)
         if not (any(map(on, given)) or seen.home and all(t.is_meta for t in given)):
             return func(*args, **kwargs)
-        indices = tensors(args[1]) if op in INDEXING and on(args[0]) else []  # may lie on the CPU, like numbers
+        indices = tensors(args[1]) if op in INDEXING and on(args[0]) else []  # may lie on the CPU
         strange = [t for t in given
                    if t.dim() and not (on(t) or t.is_meta) and all(t is not i for i in indices)]
         if strange and op not in (aten.copy_, aten._to_copy):
-            seen.fail(RuntimeError, f"Expected all tensors to be on the same device, but found cpu too: {func}")
+            seen.fail(RuntimeError, f"Expected all tensors to be on the same device, but found cpu: {func}")
         if any(isinstance(x, torch.Generator) for x in (*args, *kwargs.values())):
             seen.fail(RuntimeError, f"Expected a 'cuda' device type for generator but found 'cpu': {func}")
         if op in (aten.mm, aten.bmm, aten.addmm, aten.baddbmm) and not given[0].is_floating_point():
@@ -144,7 +144,8 @@ def pretend():
         return run
     node.apply, module._call_impl = seeing(node.apply), seeing(module._call_impl)
     grouping._group_tensors_by_device_and_dtype = lambda lists, *more: {
-        (CUDA if on(group[0][0][0]) else at[0], at[1]): group for at, group in before[2](lists, *more).items()}
+        (CUDA if on(group[0][0][0]) else at[0], at[1]): group
+        for at, group in before[2](lists, *more).items()}
     try:
         with operators, functions:
             yield seen

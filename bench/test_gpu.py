@@ -12,6 +12,7 @@ import plumbing  # before torch, which reads a variable that it sets
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import eval as evaluation
 import grpo
@@ -20,7 +21,7 @@ from plumbing.problems import load_problems, save_problems
 import reward
 import sample as sampling
 import train as training
-from plumbing import family as families, pictures
+from plumbing import family as families, nucleus, pictures
 from plumbing.optimizer import Optimizer
 from plumbing.text import decode
 from pretend import CUDA, pretend
@@ -87,9 +88,10 @@ def little_else(monkeypatch):
 
 def run(family, out, device, more="", steps=1, **options):
     """A run by train.main's own path, which always ends with SystemExit: its metrics."""
-    flags = (f"--learner {family}/learner --explorer {family}/explorer --data {family}/train.jsonl --out {out} "
-             f"--steps {steps} --prompts-per-step 4 --group-size 4 --lr 1e-3 --max-new-tokens 5 "
-             f"--schedule constant --eval-problems 2 --eval-n 2 --micro-batch-tokens 64 --minibatches 2 --device {device} {more}")
+    flags = (f"--learner {family}/learner --explorer {family}/explorer --data {family}/train.jsonl --out "
+             f"{out} --steps {steps} --prompts-per-step 4 --group-size 4 --lr 1e-3 --max-new-tokens 5 "
+             f"--schedule constant --eval-problems 2 --eval-n 2 --micro-batch-tokens 64 "
+             f"--minibatches 2 --device {device} {more}")
     with pytest.raises(SystemExit) as leaving:
         training.main(flags.split(), **options)
     assert not leaving.value.code
@@ -177,9 +179,9 @@ def test_a_pool_is_written_and_read_on_a_device(family, tmp_path):
     {"adjust": partial(evaluation.less_what_was_written, 1.0)}])
 def test_a_device_draws_the_same_tokens(settings):
     """model.py has other code for a GPU (project, attend): it must be the same policy."""
-    draw = lambda *device: sampled(*device, n=3, tokens=12, rows=4, **settings).cpu()
+    draw = lambda device: [x.cpu() for x in vars(sampled(device, 3, 12, rows=4, **settings)).values()]
     (ours, _), theirs = on_device(lambda: draw("cuda")), draw("cpu")
-    assert torch.equal(ours.ids, theirs.ids) and torch.allclose(ours.logps, theirs.logps, atol=1e-4)
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(ours, theirs))
     on_device(lambda: sampled("cuda", dtype=torch.bfloat16))
 
 
@@ -198,8 +200,8 @@ def asked(more, less=lambda: None):
 
 
 def test_the_device_is_asked_seldom(family, tmp_path):
-    """Whenever the host asks for a value, or sends one, the GPU runs dry for some ten microseconds. Once a token
-    or once a rollout that is more than the work. This is all that may be asked for: (waits, copies)."""
+    """Whenever the host asks for a value, or sends one, the GPU runs dry for some ten microseconds. Once a
+    token or once a rollout that is more than the work. This is all that may be: (waits, copies)."""
     few, many = (on_device(lambda n=n: sampled("cuda", n))[0] for n in (2, 8))
     brief, long = (lambda t=t: sampled("cuda", tokens=t, stops=()) for t in (8, 16))
     update = lambda size, minibatches: lambda: updated(micro_batch_tokens=size, minibatches=minibatches)
@@ -216,3 +218,130 @@ def test_the_device_is_asked_seldom(family, tmp_path):
         "a look at 8 tokens": (0, 1), "4 prompts and 24 rollouts more": (0, 0), "texts": (2, 0),
         "texts of 24 rollouts more": (0, 0), "15 parts of an update more": (0, 15 * 4),
         "a mini-batch of one part more": (2, 6), "a step of 2 parts, and pi_old": (7, 28)}
+
+
+# ---- what a GPU does slowly, or wrongly --------------------------------------------------------------------
+
+def masks_and_options(monkeypatch, call):
+    """[(query's dtype, mask, options)] of the calls of SDPA in call() on the pretend device."""
+    seen, sdpa = [], F.scaled_dot_product_attention
+
+    def spy(q, k, v, attn_mask=None, **options):
+        seen.append((q.dtype, attn_mask, options))
+        return sdpa(q, k, v, attn_mask, **options)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    on_device(call)
+    return seen
+
+
+@pytest.mark.parametrize("call", [
+    lambda: sampled("cuda", 4, tokens=19, rows=8, dtype=torch.bfloat16), lambda: updated(micro_batch_tokens=60)])
+def test_masks_lie_as_a_gpu_wants_them(call, monkeypatch):
+    """CUDA's attention copies a mask whose rows do not begin at multiples of 8, in every layer, and keeps it."""
+    masks = [mask for _, mask, _ in masks_and_options(monkeypatch, call) if mask is not None]
+    prompts_alone = [mask for mask in masks if mask.dim() == 2]  # a single one for all rows
+    assert len(masks) > len(prompts_alone)
+    for mask in masks:
+        *rows, last = mask.stride()
+        assert last == 1 and (mask.dim() == 2 or not any(stride % 8 for stride in rows)), (mask.shape, rows)
+
+
+def test_float32_has_a_fast_kernel_on_a_gpu(monkeypatch):
+    """CUDA's fast kernels share no key heads in float32: enable_gqa would hold every head's L x L scores."""
+    seen = masks_and_options(monkeypatch, lambda: (sampled("cuda"), sampled("cuda", dtype=torch.bfloat16)))
+    shares = {(dtype, "enable_gqa" in options) for dtype, _, options in seen}
+    assert shares == {(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("device", ["pretended", "present"])
+def test_nothing_sees_what_comes_later(device, dtype):
+    """Attention that leaks is trained to look ahead, and cannot when it samples. Apple's is reported to."""
+    def read(device):
+        model, ids = tiny_model(device, dtype), torch.randint(1, 20, (2, 40), generator=seeded()).to(device)
+        changed = ids.clone()
+        changed[:, 23:] = 20
+        with torch.no_grad():
+            return torch.stack([model(ids), model(changed)]).cpu()
+    present = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    one, other = on_device(lambda: read("cuda"))[0] if device == "pretended" else read(present)
+    assert torch.equal(one[:, :23], other[:, :23]) and not torch.equal(one[:, 23:], other[:, 23:])
+
+
+def test_the_nucleus_is_the_same_by_sorting_and_by_bisection():
+    """Top-p decides what the explorer writes: a GPU's way to it must find the very same tokens. The
+    probabilities are whole 2^20ths, so that sums are exact in any order, and many are equal or 0."""
+    for kind in (1, 30, 2000):
+        counts = torch.randint(0, kind + 1, (50, 400), generator=seeded(kind)).double() ** 3
+        counts = (counts / counts.sum(1, keepdim=True) * 2 ** 20).floor()
+        counts[:, 7] += 2 ** 20 - counts.sum(1)
+        p = (counts / 2 ** 20).float()
+        assert torch.equal(p.sum(1), torch.ones(50))
+        for top_p in (1e-3, 0.25, 0.5, 0.7, 0.95, 1 - 2 ** -20):
+            ours, theirs = (p.masked_fill(outside(p, top_p), 0).sort(descending=True).values
+                            for outside in (nucleus.by_bisection, nucleus.by_sorting))
+            assert torch.equal(ours, theirs)  # of equal ones either may be kept, but as many
+            least = torch.where(ours > 0, ours, 2.0).amin(1)
+            assert (ours.sum(1) >= top_p).all() and (ours.sum(1) - least < top_p).all()  # the smallest such set
+
+
+def test_no_device_draws_a_token_of_probability_0(monkeypatch):
+    """CUDA adds up a single row in parallel, and by rounding the sum may rise, or fall, where a token of
+    probability 0 stands. Drawn, its log-prob is -inf, and the step's loss NaN."""
+    cumsum = torch.Tensor.cumsum
+    shaken = lambda x, dim: cumsum(x, dim) + 2e-3 * (torch.rand(x.shape, generator=seeded()) - 0.5)
+    logits = torch.randn(1, 40, generator=seeded())
+    logits[:, ::2] = -torch.inf
+    draws = lambda: [sampling.draw(logits, torch.tensor([u / 2000])) for u in range(2000)]
+    usual = draws()
+    monkeypatch.setattr(torch.Tensor, "cumsum", shaken)
+    shaken_draws = draws()
+    assert all(logp.isfinite() for _, logp in shaken_draws)
+    assert sum(int(a != b) for (a, _), (b, _) in zip(usual, shaken_draws)) not in (0, 2000)
+
+
+def test_the_vocabularys_padding_is_multiplied_and_cut_off(monkeypatch):
+    """Qwen3's tokeniser has 151,669 tokens, of 151,936 rows: a product of odd width is slow on a GPU."""
+    widths, project = [], models.project
+    monkeypatch.setattr(models, "project", lambda x, weight: widths.append(len(weight)) or project(x, weight))
+    model, hidden = tiny_model(), torch.randn(3, 32, generator=seeded())
+    logits = model.logits(hidden)
+    assert widths == [24] and logits.shape == (3, 21)
+    assert torch.allclose(logits, hidden @ model.head.T, atol=1e-5)
+
+
+def test_gradients_are_summed_in_place_and_in_float32():
+    """A second copy of all gradients is memory that a model of the limit's size has not."""
+    model = tiny_model(dtype=torch.bfloat16)
+    optimizer, sums = Optimizer(model, 1e-3), []
+    for _ in range(3):
+        for weight in optimizer.weights:
+            weight.grad = torch.full_like(weight, 1 + 2 ** -7)
+        optimizer.accumulate()
+        sums.append([master.grad.data_ptr() for master in optimizer.masters])
+    assert sums[0] == sums[1] == sums[2] and {weight.grad for weight in optimizer.weights} == {None}
+    assert all((master.grad == 3 * (1 + 2 ** -7)).all() for master in optimizer.masters)  # no bfloat16
+
+
+def test_checkpointed_layers_ask_for_no_random_state(monkeypatch):
+    """Nothing is random in a layer, and to read a GPU's random state is to wait for it, a layer a part."""
+    monkeypatch.setattr(torch, "get_rng_state", lambda: pytest.fail("asked"))
+    model = tiny_model()
+    model.checkpoint_layers = True
+    model(torch.ones(2, 5, dtype=torch.long)).sum().backward()
+    assert model.layers[0].mlp.down_proj.weight.grad.abs().sum() > 0
+
+
+def test_what_was_sampled_can_be_trained_on():
+    """Tensors made in inference mode cannot be saved for a backward pass: none may leave `sample`."""
+    rollouts = sampled(top_p=0.9)
+    assert not any(getattr(rollouts, name).is_inference() for name in vars(rollouts))
+    _, learner = updated("cpu")
+    assert not torch.equal(learner.layers[0].mlp.down_proj.weight, tiny_model().layers[0].mlp.down_proj.weight)
+
+
+def test_what_was_decided_about_cudas_arithmetic():
+    """Each is a line in plumbing/survival.py that another library, or a default, could undo unseen."""
+    cuda = torch.backends.cuda
+    assert not cuda.cudnn_sdp_enabled() and not cuda.matmul.allow_tf32
+    assert not cuda.matmul.allow_bf16_reduced_precision_reduction

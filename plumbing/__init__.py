@@ -5,6 +5,7 @@
     family.py      the laptop's two models
     problems.py    problems from files, and back
     checkpoint.py  Hugging Face directories, in and out
+    nucleus.py     top-p
     text.py        prompts to tokens, tokens to text
     optimizer.py   AdamW in float32, and mini-batches in parts that fit into memory
     pool.py        an explorer whose rollouts lie in a file
@@ -16,7 +17,7 @@
     files.py       files that are whole or not there
     terminal.py    errors in one line, exit codes, devices
 
-Every program imports this package before torch, which reads the variable below once, when it is imported.
+Every program imports this package before torch, which reads the variables below once, when it is imported.
 """
 import atexit
 import gc
@@ -24,3 +25,4 @@ import os
 
 atexit.register(gc.freeze)  # else Python searches all that torch and transformers made before it ends
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # OpenMP's threads spin while they wait, and starve others
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # of many different shapes

@@ -18,8 +18,9 @@ class Optimizer:
         """Moves a micro-batch's gradients from weights to masters, where they are summed in float32."""
         for master, weight in zip(self.masters, self.weights):
             if master is not weight and weight.grad is not None:
-                gradient, weight.grad = weight.grad.float(), None
-                master.grad = gradient if master.grad is None else master.grad + gradient
+                master.grad = torch.zeros_like(master) if master.grad is None else master.grad
+                master.grad += weight.grad  # in place, in float32
+                weight.grad = None
 
     def step(self, max_norm, loss=0.0):
         """One update from the accumulated gradients, which it clears. Returns their norm before it is scaled

@@ -5,6 +5,12 @@ import sys
 import torch
 
 
+# Decisions about CUDA's arithmetic, in this one place. None was measured, as no GPU was at hand.
+torch.backends.cuda.enable_cudnn_sdp(False)  # plans anew for every shape, and ours hardly ever come twice
+torch.backends.cuda.matmul.allow_tf32 = False  # float32 means float32, as on a CPU: for speed there is bf16
+torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # long sums are float32's
+
+
 def pick_device(name):
     """`auto` takes CUDA, then Apple's MPS, then the CPU. ValueError for a device that is not there."""
     if name == "auto":
