@@ -176,7 +176,7 @@ def test_a_pool_is_written_and_read_on_a_device(family, tmp_path):
 
 @pytest.mark.parametrize("settings", [
     {}, {"temperature": 0}, {"top_k": 3}, {"top_p": 0.7},
-    {"adjust": partial(evaluation.less_what_was_written, 1.0)}])
+    {"adjust": partial(evaluation.presence_penalty, 1.0)}])
 def test_a_device_draws_the_same_tokens(settings):
     """model.py has other code for a GPU (project, attend): it must be the same policy."""
     draw = lambda device: [x.cpu() for x in vars(sampled(device, 3, 12, rows=4, **settings)).values()]
