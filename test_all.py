@@ -77,7 +77,7 @@ from plumbing.problems import load_problems, save_problems
 import reward
 import sample as sampling
 import train as training
-from plumbing import answers, checkpoint, files, problems, steps, survival, tasks, terminal
+from plumbing import answers, checkpoint, steps, tasks
 from plumbing import family as families
 from plumbing.optimizer import Optimizer, micro_batches
 from plumbing.text import decode
@@ -429,7 +429,7 @@ def test_decoding_meets_few_shapes(monkeypatch):
     used, step, model = set(), sampling.decode_step, tiny_model(max_position_embeddings=256)
     monkeypatch.setattr(sampling, "decode_step", lambda *given: used.add(given[3]) or step(*given))
     sampling.sample(model, PROMPTS, 1, seeded(), 150, stops=())
-    assert used == {*range(16, 7 + 150, 16), 7 + 150}
+    assert used == {*range(16, 7 + 150 + 16, 16)}
 
 
 def test_the_host_looks_at_the_device_a_few_times_in_eight_tokens():
