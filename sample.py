@@ -71,7 +71,6 @@ def signed(write):
     return explore
 
 
-@torch.inference_mode()
 def draw(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
     """(token, its log-prob) per row, from logits [R, V] and one uniform number in [0, 1) per row.
 
@@ -173,7 +172,7 @@ class Flight:
         self.cache.select(keep)
         self.rollout, self.token, self.running = self.rollout[keep], self.token[keep], self.running[keep]
 
-    @torch.inference_mode()  # quicker than no_grad. Only what `sample` makes outside of it can be trained on
+    @torch.inference_mode()  # quicker than no_grad. `draw` is outside: of its tokens torch would compile again
     def decode(self):
         """Logits [R, V] of every row's next token. Idle rows decode too, at a slot that stands still; what
         they draw is thrown away. Prompts that enter are run here, and predict their rows' first token."""

@@ -80,7 +80,8 @@ def flags(learner, more):
     own, rest = parser.parse_known_args(more)
     args = train.parse_flags([
         "--learner", learner, "--data", "any", "--explorer", "none", "--prompts-per-step", "4",
-        "--group-size", "8", "--max-new-tokens", "64", "--micro-batch-tokens", "2048", *rest])
+        "--group-size", "8", "--max-new-tokens", "64", "--micro-batch-tokens", "2048",
+        "--device", "cpu", *rest])
     return argparse.Namespace(**vars(args), **vars(own))
 
 

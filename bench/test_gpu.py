@@ -23,7 +23,7 @@ import sample as sampling
 import train as training
 from plumbing import family as families, nucleus, pictures
 from plumbing.optimizer import Optimizer
-from plumbing.text import decode
+from plumbing.text import cut, decode
 from pretend import CUDA, pretend
 from recipes import explorers, measured, pool, remedies, rescue, retokenize, separate
 
@@ -211,12 +211,14 @@ def test_the_device_is_asked_seldom(family, tmp_path):
         "4 prompts and 24 rollouts more": asked(lambda: sampled("cuda", 4, prompts=2 * PROMPTS), brief),
         "texts": asked(lambda: decode(few, Words())),
         "texts of 24 rollouts more": asked(lambda: decode(many, Words()), lambda: decode(few, Words())),
+        "stop texts of 24 rollouts more": asked(lambda: cut(many, len), lambda: cut(few, len)),
         "15 parts of an update more": asked(update(1, 1), update(10 ** 9, 1)),
         "a mini-batch of one part more": asked(update(10 ** 9, 3), update(10 ** 9, 2)),
         "a step of 2 parts, and pi_old": asked(steps, step)}
     assert found == {
         "a look at 8 tokens": (0, 1), "4 prompts and 24 rollouts more": (0, 0), "texts": (2, 0),
-        "texts of 24 rollouts more": (0, 0), "15 parts of an update more": (0, 15 * 4),
+        "texts of 24 rollouts more": (0, 0), "stop texts of 24 rollouts more": (0, 0),
+        "15 parts of an update more": (0, 15 * 4),
         "a mini-batch of one part more": (2, 6), "a step of 2 parts, and pi_old": (7, 28)}
 
 

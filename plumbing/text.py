@@ -88,10 +88,13 @@ def stop_texts(texts, tokenizer):
 def cut(rollouts, until):
     """Ends each rollout where it first says a stop text: until(ids) is the number of tokens that takes, or
     None. What came after it is gone, and is not trained on."""
-    for ids, lengths, finished in zip(rollouts.ids.tolist(), rollouts.lengths, rollouts.finished):
-        for g, length in enumerate(lengths.tolist()):
+    lengths, finished = rollouts.lengths.tolist(), rollouts.finished.tolist()  # [P][G]: they cross once
+    for ids, ends, done in zip(rollouts.ids.tolist(), lengths, finished):
+        for g, length in enumerate(ends):
             if end := until(ids[g][:length]):
-                lengths[g], finished[g] = end, True
+                ends[g], done[g] = end, True
+    rollouts.lengths, rollouts.finished = (old.new_tensor(new) for old, new in (
+        (rollouts.lengths, lengths), (rollouts.finished, finished)))
     rollouts.ids = rollouts.ids.masked_fill(~rollouts.mask, 0)
     rollouts.logps = rollouts.logps.masked_fill(~rollouts.mask, 0.0)
     return rollouts

@@ -73,7 +73,8 @@ def update_memory(args, learner, groups, rows, L):
     T, (V, D), c = args.max_new_tokens, learner.head.shape, learner.config
     tokens, layers, itemsize = groups * L + rows * (T - 1), c.num_hidden_layers, learner.head.dtype.itemsize
     kept, mask, cache = kept_activations(learner, groups, rows, L, T)
-    kernel = rows * T * (D * (itemsize + 4) + min(1024, V) * (itemsize + 3 * 4))
+    chunk = min(1024 if args.device == "cpu" else 4096, V)
+    kernel = rows * T * (D * (itemsize + 4) + chunk * (itemsize + 3 * 4))
     kernel += V * D * itemsize if learner.embed_tokens.weight.requires_grad else 0
     layer = tokens * (4 * c.intermediate_size + 4 * D) * itemsize
     if args.checkpoint_layers:  # the layers' inputs, and one layer's inside at a time
