@@ -463,7 +463,7 @@ def test_decoding_is_compiled_once(monkeypatch):
 
 
 def test_presence_penalty_counts_what_was_written():
-    model, takes_off = tiny_model(), functools.partial(evaluation.less_what_was_written, 1e4)
+    model, takes_off = tiny_model(), functools.partial(evaluation.presence_penalty, 1e4)
     write = lambda adjust: sampling.sample(model, [[5]], 1, seeded(), 20, (), 0, adjust=adjust).ids
     assert len(write(None).unique()) < 20 == len(write(takes_off).unique())
 
@@ -569,7 +569,8 @@ def plain_loss(now, old, ref, sampled, explorer, A, lengths, s):
             surrogate = min(ratio * A[i], min(max(ratio, 1 - s.clip_low), 1 + s.clip_high) * A[i])
             x = ref[i, t] - now[i, t]
             kl = {"k1": -x, "k2": x * x / 2, "k3": x.exp() - 1 - x}[s.kl_estimator]
-            weight = {"dapo": sum(lengths), "dr_grpo": N * s.max_new_tokens}.get(s.loss, N * n) ** -1
+            weight = {"dapo": sum(lengths), "dapo_filter": sum(lengths),
+                      "dr_grpo": N * s.max_new_tokens}.get(s.loss, N * n) ** -1
             total += weight * (s.kl_coef * kl - importance[t] * surrogate)
     return total
 
@@ -595,7 +596,7 @@ def test_traps_11_12_update_equals_the_plain_loss():
     rewards = torch.randn(4, 4, generator=seeded(2))
     centred = rewards - rewards.mean(1, keepdim=True)
     r = sampling.join(*(sampling.sample(m, PROMPTS, 2, seeded(), 6, STOPS, 0.9) for m in (explorer, learner)))
-    r.from_explorer[:, :2] = True
+    r.from_explorer[:, :2], r.finished = True, torch.rand(4, 4, generator=seeded(3)) < 0.7
     untouched, ids, mask = copy.deepcopy(r), r.ids.flatten(0, 1), r.mask.flatten(0, 1)
     logprobs = lambda model, rows: row_logprobs(model, PROMPTS, groups[rows], ids[rows], mask[rows], 0.9)
     fixed = [logprobs(model, slice(16)).detach() for model in (learner, reference)]
@@ -607,6 +608,8 @@ def test_traps_11_12_update_equals_the_plain_loss():
         expected, A = downhill(learner), grpo.advantages_of(rewards, r.from_explorer, s)
         std = 1 if s.loss == "dr_grpo" else rewards.std(1, keepdim=True) + 1e-6
         fixed[4] = (centred / std).flatten()
+        counts = r.finished if s.loss == "dapo_filter" else r.lengths > 0  # who is cut short counts as empty
+        fixed[5], counted = (r.lengths * counts).flatten(), r.mask.flatten(0, 1) & counts.flatten()[:, None]
         for chosen in torch.randperm(4, generator=seeded()).tensor_split(s.minibatches):
             rows = (chosen[:, None] * 4 + torch.arange(4)).flatten()
             *given, lengths = (x[rows] for x in fixed)
@@ -624,7 +627,7 @@ def test_traps_11_12_update_equals_the_plain_loss():
         assert metrics["clip_fraction_explorer"] > 0 or s.off_policy != "behaviour"
         if s.minibatches == 1:  # then the metric is that of the policy which began, whatever the loss
             estimates = grpo.kl_estimates(*fixed[:2], mask, s.kl_estimator)
-            assert math.isclose(metrics["kl"], estimates[mask].mean(), rel_tol=1e-4)
+            assert math.isclose(metrics["kl"], estimates[counted].mean(), rel_tol=1e-4)
     assert drifted and all(torch.equal(x, vars(untouched)[name]) for name, x in vars(r).items())
 
 
@@ -651,14 +654,17 @@ def test_groups_that_teach_nothing_cost_nothing_and_change_nothing(loss):
     """Left out before the weights are computed, they would raise the weight of all others."""
     model = tiny_model(num_hidden_layers=1)
     r, s = sampling.sample(model, PROMPTS, 4, seeded(), 6, STOPS), grpo.Objective(loss)
+    r.finished[:] = torch.tensor([True, True, False, True])
+    counts = r.lengths * (r.finished if loss == "dapo_filter" else 1)  # of what is cut short, nothing
     A = torch.randn(4, 4, generator=seeded(2))
     A[1:3] = 0  # all failed, or all passed
     found, wide = downhill(model), downhill(model)
     start, read = copy.deepcopy(model.state_dict()), []
     model.embed_tokens.register_forward_hook(lambda module, inputs, output: read.append(inputs[0].numel()))
     metrics, tokens = grpo.update(model, None, found, PROMPTS, r, A, s, seeded())
-    assert sum(read) == 2 * 2 + 8 * (r.mask[[0, 3]].sum(2).max() - 1)  # prompts of 2 and 1 tokens; their rows
-    assert metrics["tokens_trained"] == r.lengths[[0, 3]].sum() == (tokens["ratio"] > 0).sum()
+    rows = counts[[0, 3]]  # after prompts of 2 and 1 tokens
+    assert sum(read) == 2 * 2 + (rows > 0).sum() * (rows.max() - 1)
+    assert metrics["tokens_trained"] == rows.sum() == (tokens["ratio"] > 0).sum()
     assert (tokens["entropy"] > 0).flatten(2).any(2).any(1).tolist() == [True, False, False, True]
     model.load_state_dict(start)
     grpo.update(model, copy.deepcopy(model), wide, PROMPTS, r, A, s, seeded())  # a KL of weight 0
@@ -669,7 +675,7 @@ def test_groups_that_teach_nothing_cost_nothing_and_change_nothing(loss):
         model.load_state_dict(start)
         metrics, _ = grpo.update(model, reference, found, PROMPTS, r, some, s, seeded())
         if not reference:  # nor do rows whose advantage became 0
-            assert metrics["tokens_trained"] == r.lengths[some != 0].sum() < r.lengths[A != 0].sum()
+            assert metrics["tokens_trained"] == counts[some != 0].sum() < counts[A != 0].sum()
     assert (found.gradients[1] - found.gradients[2]).norm() < 1e-6 * found.gradients[1].norm()
     optimizer = Optimizer(model, 1e-3)
     metrics, _ = grpo.update(model, None, optimizer, PROMPTS, r, 0 * A, replace(s, minibatches=2), seeded())
@@ -1176,7 +1182,7 @@ def test_sample_cli_prints_no_terminal_escapes(family, monkeypatch, capsys):
     """A model's text is data: printed raw, it could clear the screen."""
     argv = ["sample.py", "--model", str(family / "learner"), "--prompt", "3+4=", "--n", "2"]
     monkeypatch.setattr(sys, "argv", argv)
-    monkeypatch.setattr("plumbing.text.decode", lambda rollouts, tokenizer: [["\x1b[2J7"] * 2])
+    monkeypatch.setattr(sampling, "decode", lambda rollouts, tokenizer: [["\x1b[2J7"] * 2])
     sampling.main()
     out = capsys.readouterr().out
     assert out.count("log-prob") == 2 and "\x1b" not in out and r"\x1b[2J7" in out
@@ -1184,7 +1190,7 @@ def test_sample_cli_prints_no_terminal_escapes(family, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="3"):
         sampling.main()
     assert capsys.readouterr().err.startswith("sample.py: error: out of memory: sample fewer")
-    monkeypatch.setattr(sampling, "sample", lambda *given: 1 / 0)  # a bug is no user's fault
+    monkeypatch.setattr(sampling, "sample", lambda *given, **more: 1 / 0)  # a bug is no user's fault
     with pytest.raises(ZeroDivisionError):
         sampling.main()
 

@@ -100,7 +100,7 @@ def record(prompt, ids, logps):
 @pytest.fixture
 def stock(tmp_path):
     """(path, draw): a pool of 8 rollouts, of 2 to 9 tokens, of each of two prompts."""
-    run, path = SimpleNamespace(learner=tiny_model(), stops=(0, 2)), tmp_path / "pool.jsonl"
+    run, path = SimpleNamespace(learner=tiny_model(), stops=(0, 2), until=None), tmp_path / "pool.jsonl"
     draw = lambda *asked, seed=0: reader.draw(path, reader.index(path)[0], run, 6, *asked, seeded(seed))
     path.write_text("".join(record(prompt, [3 + i, *[5] * i, 0], [-1.0] * (i + 2))
                             for i in range(8) for prompt in ([1, 2], [12])))
@@ -130,7 +130,7 @@ def test_a_line_that_is_no_rollout_is_named_when_a_pool_is_opened(line, stock):
 
 
 @pytest.mark.parametrize("ids, logps, complaint", [
-    ([1, 2, 3], [-1, -1, 0], "after a stop token"), ([1, 20, 3], [-1, -1, 0], "that the learner has not"),
+    ([1, 20, 3], [-1, -1, 0], "that the learner has not"),
     ([1, True], [-1, 0], "has not"), ([1, 3], [-1], "for each a log-prob"), ([], [], "needs tokens"),
     (5, [-1], "not iter"), ([1, 3], [-1, math.nan], "NaN"), ([1, 3], [-1, "x"], "log-prob"),
     ([1, 3], [-1, 5.0], "above 0")])
@@ -141,6 +141,14 @@ def test_a_broken_record_is_named_when_it_is_drawn(ids, logps, complaint, stock)
     path.write_text(good + record([9], ids, logps))
     with pytest.raises(OSError, match=f"pool.jsonl, byte {len(good)}: no rollout to use: .*{complaint}"):
         draw([[9]], 2)
+
+
+def test_a_pool_whose_writer_had_fewer_stop_tokens_is_cut_at_the_learners(stock):
+    """Refused, it would end a run hours in: a base model writes on past the token that ends a chat's turn."""
+    path, draw = stock
+    path.write_text(record([9], [1, 2, 3, 0], [-1.0, -2.0, -3.0, -4.0]))
+    found = draw([[9]], 1)
+    assert found.ids.tolist() == [[[1, 2]]] and found.logps.sum() == -3 and found.finished.all()
 
 
 def test_a_pool_is_the_same_whether_or_not_its_writer_was_killed(family, tmp_path, monkeypatch, capsys):
@@ -462,6 +470,7 @@ def convert(capsys, source, out):
 
 
 CHAT = [{"role": "user", "content": "q"}]
+TOLD = [{"role": "system", "content": "s"}, {"role": "user", "content": "q Answer: x"}]
 
 
 @pytest.mark.parametrize("record, problem", [
@@ -474,12 +483,28 @@ CHAT = [{"role": "user", "content": "q"}]
      ("q\nA. bank\nB. mall", "B", "choice")),
     ({"prompt": "q", "completion": r"it is \boxed{5}"}, ("q", "5", "math")),
     ({"prompt": CHAT, "completion": [{"role": "assistant", "content": "#### 5"}]}, ("q", "5", "math")),
-    ({"prompt": CHAT, "label": "34"}, ("q", "34", "instructed")),
-    ({"prompt": CHAT, "reward_model": {"ground_truth": "5", "style": "rule"}}, ("q", "5", "instructed"))])
+    ({"prompt": CHAT, "label": "34"}, ("q", "34", "math")), ({"prompt": "q", "answer": "4"}, ("q", "4", "math")),
+    ({"prompt": TOLD, "reward_model": {"ground_truth": "5"}}, ("s\n\nq Answer: x", "5", "instructed")),  # verl
+    ({"prompt": "q", "solution": "9", "source_prompt": TOLD, "reward_model": {"ground_truth": "9"}},
+     ("q", "9", "math"))])  # DAPO-Math-17k-Processed: nothing in it tells the model how to answer
 def test_layouts_of_known_data_sets(record, problem, tmp_path, capsys):
     for name, text in (("a.jsonl", json.dumps(record) + "\n\n"), ("b.json", json.dumps([record], indent=1))):
         (tmp_path / name).write_text(text)
         assert convert(capsys, tmp_path / name, tmp_path / f"{name}.out")[0] == [problem]
+
+
+def test_csv_and_a_mixture(tmp_path, capsys):
+    (tmp_path / "a.csv").write_text('question,answer\n"1, 2?",3\n"a\nb",4\n')
+    (tmp_path / "b.jsonl").write_text("".join(
+        json.dumps({"question": f"q{i}", "answer": str(i)}) + "\n" for i in range(9)))
+    assert convert(capsys, tmp_path / "a.csv", tmp_path / "a")[0] == [("1, 2?", "3", "math"), ("a\nb", "4", "math")]
+    data.main([str(tmp_path / "a.csv"), f"{tmp_path}/b.jsonl:4", "--out", str(tmp_path / "both")])
+    assert len(load_problems(tmp_path / "both")) == 6
+    code, said = convert(capsys, f"{tmp_path}/b.jsonl:10", tmp_path / "c")
+    assert code == 2 and "there are only 9 problems" in said
+    several = [*TOLD, {"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]
+    (tmp_path / "d.jsonl").write_text(json.dumps({"prompt": several, "label": "1"}))
+    assert "a chat of several turns" in convert(capsys, tmp_path / "d.jsonl", tmp_path / "d")[1]
 
 
 def test_duplicates_and_golds_that_nobody_can_match_are_left_out_and_counted(tmp_path, capsys):
@@ -488,7 +513,7 @@ def test_duplicates_and_golds_that_nobody_can_match_are_left_out_and_counted(tmp
     (tmp_path / "data.jsonl").write_text("\n".join(lines + lines[:1]))
     written, said = convert(capsys, tmp_path / "data.jsonl", tmp_path / "new" / "out.jsonl")
     assert written == [("a\u2028", "1", "math"), ("d", "p - q", "math")]
-    assert "2 of 4 problems left out" in said and "2 problems of 5 records; 1 came again" in said
+    assert "2 of 4 problems left out" in said and "2 problems of 5 records" in said
     assert "is there already" in convert(capsys, tmp_path / "data.jsonl", tmp_path / "new" / "out.jsonl")[1]
     (tmp_path / "data.jsonl").write_text(lines[1])
     assert "answers can be matched" in convert(capsys, tmp_path / "data.jsonl", tmp_path / "none.jsonl")[1]
@@ -538,7 +563,7 @@ def test_a_data_set_by_name_is_the_split_that_was_asked_for(tmp_path, monkeypatc
     ({}, "gms8k", "did you mean gsm8k"), ({}, "", "holds nothing, and read are .jsonl"),
     ({"data-0.arrow": "", "state.json": "{}"}, "", r"save_to_disk: python -c .*\('[^']+'\).to_json"),
     ({"dataset_dict.json": "{}", "train/data-0.arrow": ""}, "", r"\['train'\].to_json"),
-    ({"x.csv": "question,answer"}, "x.csv", "holds .csv, .*pandas.read_csv"),
+    ({"x.csv": "question,answer"}, "x.csv", "no problems"), ({"x.txt": ""}, "", "holds .txt, and read are"),
     ({"gsm8k_train.jsonl": "", "gsm8k_test.jsonl": ""}, "", "holds test and train files"),
     ({"x.jsonl": '{"question": "q", "answer": "1"}\n{"question": '}, "x.jsonl", "x.jsonl, record 2: "),
     ({"x.jsonl": '{"id": 1, "text": "x"}'}, "x.jsonl", "record 1: no known layout but id, text: rename"),
