@@ -152,7 +152,8 @@ class Flight:
         self.model, self.slots, self.entering = model, slots, []
         self.cache = KVCache(model, rows, slots + 1)  # the last is never read: of all, torch compiles again
         self.longest = 0  # a bound on the longest row, which the host knows without asking the device
-        self.rollout, self.token = torch.zeros(2, rows, dtype=torch.long, device=device)  # [R] each
+        self.rollout = torch.zeros(rows, dtype=torch.long, device=device)  # [R]
+        self.token = torch.zeros_like(self.rollout)  # [R]
         self.running = torch.zeros(rows, dtype=torch.bool, device=device)
         self.step = compiled(decode_step) if model.compiled else decode_step
 
@@ -261,7 +262,8 @@ def sample(model, prompts, n, generator, max_new_tokens, stops, temperature=1.0,
             ids[active, t], logps[active, t] = token, logp
             lengths[active] += running
             finished[active] |= running & torch.isin(token, stops)
-            flight.token, flight.running = token, running & ~finished[active] & (t < T - 1)
+            flight.token.copy_(token)  # in place: a tensor of inference mode would be compiled once more
+            flight.running = running & ~finished[active] & (t < T - 1)
     bar.close()
     group = [x.unflatten(0, (P, G)) for x in (ids[:, :T], lengths, logps[:, :T], finished)]
     rollouts = Rollouts(*group, from_explorer=torch.zeros_like(group[-1]))
