@@ -463,7 +463,7 @@ def test_decoding_is_compiled_once(monkeypatch):
 
 
 def test_presence_penalty_counts_what_was_written():
-    model, takes_off = tiny_model(), functools.partial(evaluation.less_what_was_written, 1e4)
+    model, takes_off = tiny_model(), functools.partial(evaluation.presence_penalty, 1e4)
     write = lambda adjust: sampling.sample(model, [[5]], 1, seeded(), 20, (), 0, adjust=adjust).ids
     assert len(write(None).unique()) < 20 == len(write(takes_off).unique())
 
@@ -569,7 +569,8 @@ def plain_loss(now, old, ref, sampled, explorer, A, lengths, s):
             surrogate = min(ratio * A[i], min(max(ratio, 1 - s.clip_low), 1 + s.clip_high) * A[i])
             x = ref[i, t] - now[i, t]
             kl = {"k1": -x, "k2": x * x / 2, "k3": x.exp() - 1 - x}[s.kl_estimator]
-            weight = {"dapo": sum(lengths), "dr_grpo": N * s.max_new_tokens}.get(s.loss, N * n) ** -1
+            weight = {"dr_grpo": N * s.max_new_tokens} | dict.fromkeys(("dapo", "dapo_filter"), sum(lengths))
+            weight = weight.get(s.loss, N * n) ** -1
             total += weight * (s.kl_coef * kl - importance[t] * surrogate)
     return total
 
@@ -594,7 +595,8 @@ def test_traps_11_12_update_equals_the_plain_loss():
     start, groups = copy.deepcopy(learner.state_dict()), torch.arange(4).repeat_interleave(4)
     rewards = torch.randn(4, 4, generator=seeded(2))
     centred = rewards - rewards.mean(1, keepdim=True)
-    r = sampling.join(*(sampling.sample(m, PROMPTS, 2, seeded(), 6, STOPS, 0.9) for m in (explorer, learner)))
+    r = sampling.join(*(sampling.sample(m, PROMPTS, 2, seeded(), 6, range(5), 0.9)
+                        for m in (explorer, learner)))
     r.from_explorer[:, :2] = True
     untouched, ids, mask = copy.deepcopy(r), r.ids.flatten(0, 1), r.mask.flatten(0, 1)
     logprobs = lambda model, rows: row_logprobs(model, PROMPTS, groups[rows], ids[rows], mask[rows], 0.9)
@@ -607,6 +609,7 @@ def test_traps_11_12_update_equals_the_plain_loss():
         expected, A = downhill(learner), grpo.advantages_of(rewards, r.from_explorer, s)
         std = 1 if s.loss == "dr_grpo" else rewards.std(1, keepdim=True) + 1e-6
         fixed[4] = (centred / std).flatten()
+        fixed[5] = (r.lengths * (r.finished if s.loss == "dapo_filter" else 1)).flatten()  # 0: not taught
         for chosen in torch.randperm(4, generator=seeded()).tensor_split(s.minibatches):
             rows = (chosen[:, None] * 4 + torch.arange(4)).flatten()
             *given, lengths = (x[rows] for x in fixed)
@@ -624,7 +627,8 @@ def test_traps_11_12_update_equals_the_plain_loss():
         assert metrics["clip_fraction_explorer"] > 0 or s.off_policy != "behaviour"
         if s.minibatches == 1:  # then the metric is that of the policy which began, whatever the loss
             estimates = grpo.kl_estimates(*fixed[:2], mask, s.kl_estimator)
-            assert math.isclose(metrics["kl"], estimates[mask].mean(), rel_tol=1e-4)
+            taught = mask & (fixed[5] > 0)[:, None]
+            assert math.isclose(metrics["kl"], estimates[taught].mean(), rel_tol=1e-4)
     assert drifted and all(torch.equal(x, vars(untouched)[name]) for name, x in vars(r).items())
 
 
@@ -651,6 +655,7 @@ def test_groups_that_teach_nothing_cost_nothing_and_change_nothing(loss):
     """Left out before the weights are computed, they would raise the weight of all others."""
     model = tiny_model(num_hidden_layers=1)
     r, s = sampling.sample(model, PROMPTS, 4, seeded(), 6, STOPS), grpo.Objective(loss)
+    r.finished[:] = True  # as all that a filter of cut rows lets through
     A = torch.randn(4, 4, generator=seeded(2))
     A[1:3] = 0  # all failed, or all passed
     found, wide = downhill(model), downhill(model)
@@ -1176,7 +1181,7 @@ def test_sample_cli_prints_no_terminal_escapes(family, monkeypatch, capsys):
     """A model's text is data: printed raw, it could clear the screen."""
     argv = ["sample.py", "--model", str(family / "learner"), "--prompt", "3+4=", "--n", "2"]
     monkeypatch.setattr(sys, "argv", argv)
-    monkeypatch.setattr("plumbing.text.decode", lambda rollouts, tokenizer: [["\x1b[2J7"] * 2])
+    monkeypatch.setattr(sampling, "decode", lambda rollouts, tokenizer: [["\x1b[2J7"] * 2])
     sampling.main()
     out = capsys.readouterr().out
     assert out.count("log-prob") == 2 and "\x1b" not in out and r"\x1b[2J7" in out
@@ -1184,7 +1189,7 @@ def test_sample_cli_prints_no_terminal_escapes(family, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="3"):
         sampling.main()
     assert capsys.readouterr().err.startswith("sample.py: error: out of memory: sample fewer")
-    monkeypatch.setattr(sampling, "sample", lambda *given: 1 / 0)  # a bug is no user's fault
+    monkeypatch.setattr(sampling, "sample", lambda *given, **more: 1 / 0)  # a bug is no user's fault
     with pytest.raises(ZeroDivisionError):
         sampling.main()
 
