@@ -3,7 +3,7 @@
     alpha_i = 1 - (i - 1) / (T_mix - 1)   for i <= T_mix, else 0       explorer's share at step i = 1, 2, ...
     G_w = ceil(alpha_i * G),  G_s = G - G_w                            explorer's and learner's rollouts
 
-Early on, many of the learner's own groups fail altogether. An explorer that fails elsewhere supplies
+Early on, many of the learner's own groups fail altogether. An explorer that fails on other problems supplies
 successes to learn from. Later its rollouts are off-policy and worse than the learner's own, so the share
 falls to 0. From step T_mix on this is plain GRPO (schedules linear and cosine).
 
@@ -28,7 +28,11 @@ def explorer_share(step, mix_steps, schedule="linear", constant=0.5):
     if step > mix_steps:
         return 0.0
     progress = (step - 1) / (mix_steps - 1) if mix_steps > 1 else 0.0
-    return {"linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2, "step": 1.0}[schedule]
+    if schedule == "linear":
+        return 1 - progress
+    if schedule == "cosine":
+        return (1 + math.cos(math.pi * progress)) / 2
+    return 1.0  # step
 
 
 def split_group(share, group_size):
@@ -50,7 +54,7 @@ def main():
     parser.add_argument("--explorer-share", type=float, default=0.5, help="the share of --schedule constant")
     args = parser.parse_args()
     args.mix_steps = max(1, args.steps // 2) if args.mix_steps is None else args.mix_steps
-    if not (args.steps >= args.mix_steps >= 1 <= args.group_size and 0 <= args.explorer_share <= 1):
+    if not (1 <= args.mix_steps <= args.steps and args.group_size >= 1 and 0 <= args.explorer_share <= 1):
         parser.error("--mix-steps lies in 1..--steps, --explorer-share in 0..1, --group-size starts at 1")
     print(" step   alpha  explorer  learner")
     total = 0

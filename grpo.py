@@ -37,7 +37,7 @@ class Objective:
     clip_high: float = 0.2          # and above at 1 + this
     kl_coef: float = 0.0            # beta
     kl_estimator: str = "k3"
-    temperature: float = 1.0        # the sampler's: else the gradient is of a policy that drew none of this
+    temperature: float = 1.0        # the sampler's: else another distribution is trained than was sampled
     max_new_tokens: int = 512       # the constant of dr_grpo
     minibatches: int = 1            # optimiser steps
     micro_batch_tokens: int = 8192  # run at once; no part of the result
@@ -82,7 +82,7 @@ class Loss:
     weights: Callable        # of tokens: (mask [N, T] of a mini-batch, max_new_tokens) -> [N, T]
     over_std: bool = True    # whether advantages are divided by the group's standard deviation
     one_ratio: bool = False  # whether a row's tokens share one ratio, the geometric mean of theirs
-    cut_rows: bool = True    # whether responses that max_new_tokens cut short count, as wrong ones mostly
+    cut_rows: bool = True    # False: truncated responses are not trained on
 
 
 LOSSES = {"grpo": Loss(per_row),                         # Shao et al., 2024
@@ -120,8 +120,8 @@ def off_policy_correction(choice, learner_logps, sampler_logps, from_explorer, m
         geometric  recompute, each row times min(exp(mean of log(pi_learner / pi_explorer) over its tokens),
                    2): how plausible the learner finds the rollout, per token, so that length does not drive
                    it to 0.
-        positive   recompute, but `advantages_of` gives explorer rows with A < 0 an advantage of 0: imitate
-                   its successes, do not flee from its failures, which the learner would hardly have written.
+        positive   recompute, but advantages_of gives explorer rows with A < 0 an advantage of 0: imitate its
+                   successes, do not flee from its failures, which the learner would hardly have written.
     """
     off_policy = from_explorer[:, None]  # [N] -> [N, 1]
     old_logps, weights = learner_logps, torch.ones_like(learner_logps)
@@ -178,9 +178,8 @@ def kl_estimates(logps, ref_logps, mask, estimator="k3"):
 
 def response_logprobs(model, prompts, groups, ids, mask, temperature=1.0):
     """(log-probs, entropies), each [N, T], of the responses ids [N, T] (valid where mask [N, T]) to the
-    prompts (lists of ids) that groups [N] names. At the sampler's temperature: else the gradient is of a
-    policy that drew none of this. groups and mask had better lie on the CPU: they decide shapes, and a GPU
-    would run dry while it is asked for them.
+    prompts (lists of ids) that groups [N] names, at the sampler's temperature. groups and mask had better lie
+    on the CPU: they decide shapes, and a GPU would run dry while it is asked for them.
 
     A group shares its prompt, so each prompt runs once. The responses attend to its keys and values, through
     which their gradients flow back into it. The prompt's last token predicts a response's first, and the
@@ -228,22 +227,22 @@ def update(learner, reference, optimizer, prompts, rollouts, advantages, objecti
     mask = mask if loss.cut_rows else mask & rollouts.finished.flatten()[:, None]
     groups, there = torch.arange(P).repeat_interleave(G), mask.cpu()  # [N] each row's prompt, and the mask
     sizes = groups.tolist(), [len(prompts[row // G]) for row in range(P * G)], there.sum(1).tolist()
-    # Without a KL, A = 0 is a gradient of 0. A model that has become NaN earns equal rewards too, but its
-    # rows run: their loss is NaN, which is counted.
+    # Without a KL term a row with A = 0 has no gradient and is skipped. If the learner has become NaN, all
+    # its rewards are equal; its rows are kept, so that the NaN loss shows.
     broken = sampler_logps.sum(1).isnan() & ~from_explorer
-    teaches = ((bool(reference) | (A != 0) | broken) & mask.any(1)).tolist()
+    teaches = (((reference is not None) | (A != 0) | broken) & mask.any(1)).tolist()
 
     def logprobs(model, part, rows):
         return response_logprobs(model, prompts, groups[part], ids[rows], there[part], objective.temperature)
 
-    def cut(rows):
+    def parts_of(rows):
         parts = micro_batches([row for row in rows if teaches[row]], *sizes, objective.micro_batch_tokens)
         return [(part, torch.tensor(part, device=device)) for part in parts]  # for the host, for the device
 
     @torch.no_grad()
     def fixed_logprobs(model):
         logps = torch.zeros(mask.shape, device=device)
-        for part, rows in cut(range(P * G)):
+        for part, rows in parts_of(range(P * G)):
             logps[rows] = logprobs(model, part, rows)[0]
         return logps
 
@@ -254,14 +253,14 @@ def update(learner, reference, optimizer, prompts, rollouts, advantages, objecti
 
     losses, grad_norms, trained = [], [], torch.zeros_like(there)
     weights = torch.zeros(mask.shape, device=device)  # [N, T]
-    names = ["ratio", "clip_fraction", "entropy", "logp_gap"] + ["kl"] * bool(reference)
+    names = ["ratio", "clip_fraction", "entropy", "logp_gap"] + ["kl"] * (reference is not None)
     at_token = torch.zeros(len(names), *mask.shape, device=device)  # what the metrics are means of
     order = torch.randperm(P, generator=generator)
     for chosen in order.tensor_split(objective.minibatches):  # [P/m]
         minibatch = (chosen[:, None] * G + torch.arange(G)).flatten()  # whole groups: [P/m*G]
-        # Before micro-batches are cut and rows without a gradient left out: neither can change the loss
+        # Weights come from the whole mini-batch, so neither its parts nor skipped rows change the loss
         weights[minibatch] = loss.weights(mask[minibatch].float(), objective.max_new_tokens)
-        part_losses, parts = [A.new_zeros(())], cut(minibatch.tolist())
+        part_losses, parts = [A.new_zeros(())], parts_of(minibatch.tolist())
         for part, rows in tqdm(parts, "training", unit="part", delay=10, leave=False, disable=None):
             logps, entropies = logprobs(learner, part, rows)
             before = logps.detach() if learner_logps is None else learner_logps[rows]

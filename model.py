@@ -30,7 +30,7 @@ class Config:
     num_key_value_heads: int
     head_dim: int
     rope_theta: float
-    rope_scaling: dict | None  # Llama 3's; no other accepted kind changes anything within the context
+    rope_scaling: dict | None  # only Llama 3's: `dynamic` acts beyond the context, which is never reached
     rms_norm_eps: float
     max_position_embeddings: int
     tie_word_embeddings: bool
@@ -72,7 +72,7 @@ class Config:
 
 def rotary(positions, c: Config, dtype):
     """cos and sin of each position's rotation angles, both [..., h] for positions [...]. Angles in fp32.
-    Channel i is paired with channel i + h/2, and the sine carries the sign with which the partner enters."""
+    Channel i is paired with channel i + h/2; the sine of the left half is negated, as in `rotate`."""
     channels = torch.arange(0, c.head_dim, 2, device=positions.device).float()
     frequency = c.rope_theta ** (-channels / c.head_dim)  # [h/2]
     if s := c.rope_scaling:  # Llama 3: slow rotations are slowed down, fast ones kept, those between blended
@@ -90,8 +90,8 @@ def rotate(x, cos, sin):
 
 
 def project(x, weight):
-    """x @ weight.T: [..., in] -> [..., out]. For few rows, as in decoding, a CPU's BLAS leaves all but one
-    core idle: it shares out the rows. (weight @ x.T).T is shared out by output feature."""
+    """x @ weight.T: [..., in] -> [..., out]. For few rows, as in decoding, a CPU's BLAS uses one core, because
+    it splits the work by rows. (weight @ x.T).T is split by output feature."""
     rows = x.flatten(0, -2)  # [..., in] -> [N, in]
     if x.device.type == "cpu" and len(rows) <= 64:
         return (weight @ rows.T).T.unflatten(0, x.shape[:-1])
@@ -107,7 +107,7 @@ def attend(q, k, v, mask=None):
     if mask is None:  # CUDA has no kernel for this in float32, and MPS's is reported to see what comes later
         mask = q.new_full((q.shape[2], q.shape[2]), -torch.inf).triu(1).repeat(q.shape[1] // k.shape[1], 1)
     grouped = q.reshape(*k.shape[:2], -1, q.shape[-1])  # [B, H, T, h] -> [B, K, H/K*T, h]
-    if q.device.type == "cpu" and q.dtype == torch.float32 and grouped.shape[2] <= 16:  # SDPA: slow
+    if q.device.type == "cpu" and q.dtype == torch.float32 and grouped.shape[2] <= 16:  # slow in SDPA
         grouped, k, v, mask = (x.flatten(0, 1) for x in (grouped, k, v, mask.expand(-1, k.shape[1], -1, -1)))
         scores = torch.baddbmm(mask, grouped, k.mT, alpha=q.shape[-1] ** -0.5)  # [B*K, H/K*T, S]
         return (scores.softmax(-1) @ v).reshape(q.shape)
@@ -221,7 +221,7 @@ class Transformer(nn.Module):
         positions [B, T]: where the tokens stand; 0, 1, 2, .. if not given. past(layer, k, v): takes a layer's
         new keys and values [B, K, T, h] and gives back all that the queries may see [B, K, S, h], and a mask
         for `attend` where it needs one. Without it the tokens see each other alone. The sampler's KV cache
-        and a group's prompt in the update are such pasts; read_prompts only keeps what comes by."""
+        and a group's prompt in the update are such pasts; that of read_prompts stores them, unchanged."""
         x = self.embed_tokens(ids)
         positions = torch.arange(ids.shape[1], device=ids.device)[None] if positions is None else positions
         cos, sin = rotary(positions[:, None], self.config, x.dtype)  # [B, 1, T, h] each, for all heads

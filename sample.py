@@ -87,9 +87,9 @@ def draw(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
         logits = logits.masked_fill(outside_nucleus(logits.softmax(-1), top_p), -torch.inf)
     p = logits.softmax(-1)
     cdf = p.cumsum(-1)  # [R, V]
-    target = uniform[:, None].clamp(max=1 - 2 ** -22) * cdf[:, -1:]  # strictly below the sum, if rounded too
-    token = torch.searchsorted(cdf, target, right=True).squeeze(1)  # first id with cdf > target: none of p 0
-    token = token.clamp(max=logits.shape[-1] - 1)  # if the logits are NaN, none is; the update finds them
+    target = uniform[:, None].clamp(max=1 - 2 ** -22) * cdf[:, -1:]  # below the sum, rounded too
+    token = torch.searchsorted(cdf, target, right=True).squeeze(1)  # the first id with cdf > target
+    token = token.clamp(max=logits.shape[-1] - 1)  # of NaN logits there is none: the update notices them
     # A GPU adds a single row up in parallel: by rounding its cdf may rise at a token of p 0 (not measured).
     token = torch.where(p.gather(1, token[:, None]).squeeze(1) > 0, token, p.argmax(-1))
     return token, p.gather(1, token[:, None]).squeeze(1).log()
@@ -114,8 +114,8 @@ class KVCache:
         self.lengths = self.lengths[rows]
 
     def put(self, rows, prompts, lengths, which):
-        """Writes to these rows [R'] the prompts `which` [R'], from read_prompts. What an earlier rollout left
-        in the slots behind is masked until it is overwritten too."""
+        """Writes to these rows [R'] the keys and values of the prompts `which` [R'], of read_prompts. What an
+        earlier rollout left in the slots behind is masked until it is overwritten too."""
         for i, kv in enumerate(self.layers):
             kv[:, rows, :, :prompts[i][0].shape[2]] = torch.stack(prompts[i])[:, which]
         self.lengths[rows] = lengths[which]
@@ -149,7 +149,7 @@ class Flight:
     def __init__(self, model, rows, slots):
         device, slots = model.head.device, -(-slots // 16) * 16  # a GPU copies masks of other widths
         self.model, self.slots, self.entering = model, slots, []
-        self.cache = KVCache(model, rows, slots + 1)  # the last is never read: of all, torch compiles again
+        self.cache = KVCache(model, rows, slots + 1)  # the last is never read: torch compiles a whole axis anew
         self.longest = 0  # a bound on the longest row, which the host knows without asking the device
         self.rollout, self.token = torch.zeros(2, rows, dtype=torch.long, device=device)  # [R] each
         self.running = torch.zeros(rows, dtype=torch.bool, device=device)
@@ -162,7 +162,7 @@ class Flight:
         return (~self.runs).nonzero().squeeze(1)
 
     def admit(self, prompts, rows, rollouts):
-        """Gives P' prompts these idle rows, in which they write `rollouts`, [P'*G] each, group after group."""
+        """Gives P' prompts these idle rows, to write `rollouts` in, [P'*G] each, group after group."""
         self.entering, self.seats = prompts, rows.to(rollouts.device)
         self.rollout[self.seats] = rollouts
 
@@ -172,7 +172,7 @@ class Flight:
         self.cache.select(keep)
         self.rollout, self.token, self.running = self.rollout[keep], self.token[keep], self.running[keep]
 
-    @torch.inference_mode()  # quicker than no_grad. `draw` is outside: of its tokens torch would compile again
+    @torch.inference_mode()  # quicker than no_grad. `draw` is outside: torch would compile its tokens anew
     def decode(self):
         """Logits [R, V] of every row's next token. Idle rows decode too, at a slot that stands still; what
         they draw is thrown away. Prompts that enter are run here, and predict their rows' first token."""
@@ -257,7 +257,7 @@ def sample(model, prompts, n, generator, max_new_tokens, stops, temperature=1.0,
             if adjust:
                 logits = adjust(logits, ids[active, :T], lengths[active])
             token, logp = draw(logits, uniform[active, t.clamp(max=T - 1)], temperature, top_k, top_p)
-            ids[active, t], logps[active, t] = token, logp
+            ids[active, t], logps[active, t] = token, logp                       # no rollout has two rows
             lengths[active] += running
             finished[active] |= running & torch.isin(token, stops)
             flight.token, flight.running = token, running & ~finished[active] & (t < T - 1)

@@ -241,8 +241,8 @@ class Run:
     eval_problems: list  # [Problem], held out
     eval_prompts: list
     hashes: dict         # of what decides the run: a resumed one must find the same
-    until: object        # where a response ends besides, by --stop
-    write: object = None  # the learner's writer in evaluations
+    until: object        # until(ids): after how many tokens a response has said a --stop text, or None
+    write: object = None  # the learner's writer in evaluations, at temperature 1
     history: list = field(default_factory=list)  # metrics of each step; step 0 is the base models' evaluation
     log: object = lambda line: None  # of --log
     saved: int = 0       # the last step in a checkpoint

@@ -129,7 +129,7 @@ def publish(args, run):
 def keep_best(run, out):
     """If the step that was just evaluated is the best so far, and was saved, best.pt is its checkpoint."""
     newest = out / f"checkpoint_{last_step(run):06d}.pt"
-    at_1 = [line["eval_strict_pass@1"] for line in run.history if "eval_curve" in line]
+    at_1 = [line["eval_strict_pass@1"] for line in run.history if line["step"] and "eval_curve" in line]
     if newest.exists() and at_1[-1] == max(at_1):
         with only_to_look_at("best.pt is not kept"):
             (out / "best.pt").unlink(missing_ok=True)

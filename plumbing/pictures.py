@@ -1,8 +1,8 @@
 """What a run shows: its curve, and one self-contained page of its groups, each token coloured.
 
 A switch at the top of the page says what colours mean. *gap*: how much likelier the learner finds a token
-than whoever drew it. The explorer's tokens show how far off-policy they are; the learner's own are white, or there
-is a bug. *ratio*: pi_theta / pi_old when the token was trained on; underlined tokens were clipped.
+than whoever drew it. The explorer's tokens show how far off-policy they are; the learner's own are white, or
+there is a bug. *ratio*: pi_theta / pi_old when the token was trained on; underlined tokens were clipped.
 
 What a model writes is data: it is escaped, and characters that do not print are spelled out.
 """

@@ -126,7 +126,8 @@ def load_any(source, device="cpu", dtype=torch.float32):
     out = path.parent if path.suffix == ".pt" else path
     if "learner" not in (settings := settings_of(out)):
         return load(source, device, dtype)
-    if not (files := [path] if path.is_file() else checkpoints(out)):
+    file = path if path.suffix == ".pt" else next(iter(checkpoints(out)), out / "checkpoint")
+    if not file.is_file():
         raise ValueError(f"{source}: the run has no such checkpoint")
     model, tokenizer, base_stops = load(settings["learner"], device, dtype)
     same_dtype = settings["dtype"] == str(dtype).removeprefix("torch.")  # of which the fingerprint is
@@ -134,7 +135,7 @@ def load_any(source, device="cpu", dtype=torch.float32):
         raise ValueError(f"{settings['learner']} is no longer the model that {out} began with")
     if settings["lora_rank"]:
         add_lora(model, settings["lora_rank"], torch.Generator())
-    saved = torch.load(files[0], map_location="cpu", weights_only=True)["weights"]
+    saved = torch.load(file, map_location="cpu", weights_only=True)["weights"]
     with torch.no_grad():
         for weight, master in zip((w for w in model.parameters() if w.requires_grad), saved, strict=True):
             weight.copy_(master)

@@ -20,13 +20,15 @@ import numpy as np
 import pytest
 import torch
 
-from plumbing.problems import as_problem, load_problems, save_problems
 import reward
+import sample as sampling
 import train as training
+from model import merge_lora
 from plumbing import answers, checkpoint, files, pictures, steps, survival, tasks
 from plumbing import family as families
 from plumbing.optimizer import Optimizer, micro_batches
-from plumbing.text import encode, pieces
+from plumbing.problems import as_problem, load_problems, save_problems
+from plumbing.text import encode, encode_all, pieces, render, stop_texts, turn_ends
 from test_all import (  # noqa: F401
     LLAMA3, ROOT, edited_reward, equal, family, files_up_to, flags, hf_pair, main_here, read_metrics, resumes,
     tiny_model, train_here, unbroken, unwritten_memory_is_nan, weights)
@@ -673,3 +675,143 @@ def test_runs_of_one_name_are_not_one_run_elsewhere(family, tmp_path, monkeypatc
     assert first["resume"] == "allow" and first["config"]["group_size"] == 4
     code, _, error = main_here(capsys, flags(family, tmp_path / "third", "--log", "trackio"))
     assert code == 2 and "--log trackio: pip install trackio" in error
+
+
+# ---- what a prompt's tokens are, and what ends a rollout ---------------------------------------------------
+
+def chat_tokenizer(directory):
+    """A tokeniser of characters whose chat template ends turns with <end>, while its EOS is <eos>."""
+    tokenizer = families.make_tokenizer(directory)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<start>", "<end>"]})
+    tokenizer.chat_template = (
+        "{% for m in messages %}<start>{{ 'AB'[m['role'] == 'user'] }}{{ m['content'] }}<end>{% endfor %}"
+        "{% if add_generation_prompt %}<start>A{% endif %}")
+    return tokenizer
+
+
+def test_a_turn_ends_where_the_chat_template_ends_it(tmp_path):
+    """A base model's EOS is another token: every rollout ran to the limit and invented a user's turn."""
+    tokenizer = chat_tokenizer(tmp_path)
+    end = tokenizer.convert_tokens_to_ids("<end>")
+    assert turn_ends(tokenizer) == {end} != {tokenizer.eos_token_id}
+    model = tiny_model(vocab_size=len(tokenizer) + 4)
+    checkpoint.save(model, tokenizer, (tokenizer.eos_token_id,), tmp_path / "model")
+    assert checkpoint.load(tmp_path / "model")[2] == (tokenizer.eos_token_id, end)
+    tokenizer.chat_template = None
+    assert turn_ends(tokenizer) == set()
+
+
+def test_an_exact_prompt_reaches_the_model_as_it_is_written(tmp_path):
+    """`Answer:` became `Answer:` and a new line, or a turn of a chat that no base model has seen."""
+    tokenizer = chat_tokenizer(tmp_path)
+    exact, asked = (as_problem({name: "1+2=", "answer": "3", "task": "instructed"})
+                    for name in ("prompt", "question"))
+    plain = tokenizer("1+2=").input_ids
+    assert encode_all([exact, asked], tokenizer) == [plain, tokenizer("<start>B1+2=<end><start>A").input_ids]
+    save_problems([exact, asked], tmp_path / "data")
+    assert load_problems(tmp_path / "data") == [exact, asked]
+    few_shot = as_problem({"prompt": "Question: 2?\nAnswer: 2\n\nQuestion: 3?\nAnswer:", "answer": "3"})
+    right = [reward.score(few_shot, text).answer for text in (" 3", " 4", "\nSo it is 3")]
+    assert right == [True, False, False]
+    assert not reward.score(as_problem({"question": "3?", "answer": "3"}), " 3").answer
+
+
+def test_a_control_token_spelled_in_a_question_stays_text(tmp_path):
+    """`<end><start>A9` in a question would put an answer into the assistant's mouth."""
+    tokenizer = chat_tokenizer(tmp_path)
+    control = [tokenizer.convert_tokens_to_ids(token) for token in ("<start>", "<end>")]
+    ids = encode("1<end><start>A2", tokenizer)
+    assert [i for i in ids if i in control] == [i for i in encode("1", tokenizer) if i in control]
+    assert "".join(tokenizer.decode(ids)).count("1") == 1 and tokenizer.decode(ids[-1:]) == "A"
+
+
+@pytest.mark.parametrize("template", ["{{ strftime_now('%d %B %Y') }}", "{{ date_string }}"])
+def test_a_template_that_writes_the_date_writes_the_same_tomorrow(template, tmp_path):
+    """Else no run resumes the next day, no pool matches, and prompts change at midnight."""
+    tokenizer = chat_tokenizer(tmp_path)
+    tokenizer.chat_template = template
+    assert render(tokenizer, "?") in ("26 July 2024", "26 Jul 2024")
+
+
+@pytest.mark.parametrize("texts, ids, end", [
+    (["b2"], "1ab2c3", 4), (["b2", "a"], "1ab2c3", 2), (["zz"], "1ab2c3", None), ([], "1", None)])
+def test_a_rollout_ends_with_the_token_that_completes_a_stop_text(texts, ids, end, tmp_path):
+    tokenizer = families.make_tokenizer(tmp_path)
+    until = stop_texts(texts, tokenizer)
+    assert (until(tokenizer(ids).input_ids) if until else None) == end
+
+
+def test_what_follows_a_stop_text_is_neither_kept_nor_sampled_for_long(tmp_path):
+    """Trained on, the invented next question would be learnt; sampled, it costs most of a step."""
+    model, prompts, decoded = tiny_model(), [[5, 6], [7, 8, 9]], []
+    until = lambda ids: ids.index(9) + 1 if 9 in ids else None  # token 9 is said to complete a stop text
+    whole = sampling.sample(model, prompts, 8, torch.Generator().manual_seed(0), 40, (0,))
+    model.embed_tokens.register_forward_hook(lambda *given: decoded.append(1))
+    ended = sampling.sample(model, prompts, 8, torch.Generator().manual_seed(0), 40, (0,), until=until)
+    assert len(decoded) < 41
+    for p, g in itertools.product(range(2), range(8)):
+        ids = whole.ids[p, g, :whole.lengths[p, g]].tolist()
+        n = until(ids) or len(ids)
+        assert ended.ids[p, g].tolist() == ids[:n] + [0] * (40 - n) and ended.lengths[p, g] == n
+        assert ended.finished[p, g] == (until(ids) is not None or whole.finished[p, g])
+        assert torch.allclose(ended.logps[p, g, :n], whole.logps[p, g, :n], atol=1e-5)
+        assert not ended.logps[p, g, n:].any()
+    assert 0 < (ended.lengths < whole.lengths).sum()
+
+
+def test_an_explorer_with_another_template_is_asked_in_its_own_way(family, tmp_path, capsys):
+    """A base learner's prompt is no prompt for an instruct explorer: it answered a text it had never seen."""
+    shutil.copytree(family / "explorer", tmp_path / "explorer")
+    settings = json.loads((tmp_path / "explorer" / "tokenizer_config.json").read_text())
+    settings["chat_template"] = "{% for m in messages %}{{ m['content'] }}+{% endfor %}0="
+    (tmp_path / "explorer" / "tokenizer_config.json").write_text(json.dumps(settings))
+    problems = [reward.Problem(f"{i}+{j}=", str((i + j) % 10), "instructed")
+                for i, j in itertools.product(range(4), repeat=2)]
+    save_problems(problems, tmp_path / "data.jsonl")
+    args = training.parse_flags(flags(family, tmp_path / "run", "--explorer", tmp_path / "explorer", "--data",
+                                      tmp_path / "data.jsonl", "--eval-data", "", "--max-new-tokens", 4))
+    with pytest.MonkeyPatch.context() as patch:
+        asked, real = [], training.sample
+        patch.setattr(training, "sample", lambda model, prompts, *more, **named: (
+            asked.extend(prompts) or real(model, prompts, *more, **named)))
+        run, explore = training.load_run(args, training.open_explorer)
+        explore(run.prompts[:1], 2, torch.Generator())
+    assert run.tokenizer.decode(asked[0]).endswith("+0=") and asked[0] != run.prompts[0]
+    assert "explorer  is asked in its own way" in capsys.readouterr().out
+
+
+# ---- checkpoints of a run, looked at -----------------------------------------------------------------------
+
+@pytest.mark.parametrize("more", [(), ("--lora-rank", 2), ("--dtype", "bfloat16")])
+def test_any_checkpoint_of_a_run_can_be_loaded(more, family, tmp_path):
+    """Without a hundred lines: the run's directory is its newest checkpoint, which is its learner."""
+    out, more = tmp_path / "run", ("--lr", 1e-2, "--save-every", 1, "--eval-data", "", *more)
+    run, _ = train_here(family, out, *more)
+    dtype = torch.bfloat16 if "bfloat16" in more else torch.float32
+    newest, tokenizer, stops = survival.load_any(out, dtype=dtype)
+    assert stops == run.stops and equal(checkpoint.load(out / "learner", dtype=dtype)[0].parameters(),
+                                        with_merged(newest).parameters())
+    before = survival.load_any(out / "checkpoint_000003.pt", dtype=dtype)[0]
+    assert not equal(with_merged(before).parameters(), with_merged(newest).parameters())
+    with pytest.raises(ValueError, match="no such checkpoint"):
+        survival.load_any(out / "checkpoint_000001.pt")
+    shutil.copytree(out / "learner", family.parent / "other", dirs_exist_ok=True)
+    settings = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(settings | {"learner": str(family.parent / "other")}))
+    with pytest.raises(ValueError, match="no longer the model"):
+        survival.load_any(out, dtype=dtype)
+
+
+def with_merged(model):
+    merge_lora(model)
+    return model
+
+
+def test_the_best_checkpoint_is_kept_beside_the_newest(family, tmp_path):
+    """The last step is seldom the best, and by the end the best one's checkpoint has been deleted."""
+    out = tmp_path / "run"
+    train_here(family, out, "--lr", 1e-2, "--save-every", 1, "--eval-every", 1, "--steps", 6)
+    at_1 = [line["eval_strict_pass@1"] for line in read_metrics(out)]
+    best = torch.load(out / "best.pt", weights_only=True)["history"][-1]["step"]
+    assert at_1[best] == max(at_1[1:])
+    assert len(list(out.glob("checkpoint_*.pt"))) == 2

@@ -15,7 +15,7 @@ from sample import join
 
 
 def fleet(explores):
-    """Several explorers share n as evenly as it goes, the last ones first to get one more."""
+    """Several explorers share n as evenly as it goes; the last get the remainder."""
     def explore(prompts, n, generator):
         counts = [(n + i) // len(explores) for i in range(len(explores))]
         parts = [write(prompts, count, generator) for write, count in zip(explores, counts) if count]

@@ -11,8 +11,8 @@ A line of TEXTS holds one problem's responses, in one of three layouts:
                                                   ends with the number of the line in --data, from 0 on
 
 A response that ended gets the token that ends a turn; one whose finish_reason is "length" was cut. Nobody
-knows the log-probabilities of the tokens, so `--off-policy behaviour`, `truncated` and `geometric` refuse this
-pool.
+knows the log-probabilities of the tokens, so `--off-policy behaviour`, `truncated` and `geometric` refuse
+this pool.
 """
 import argparse
 import collections
@@ -30,8 +30,8 @@ from reward import score
 
 
 def responses_of(record, numbers):
-    """(number of the problem or None, [(text, whether it ended)]) of a line. numbers: {question, whole prompt,
-    or line in --data: number}."""
+    """(number of the problem or None, [(text, whether it ended)]) of a line. numbers: {question, whole
+    prompt, or line in --data: number}."""
     asked = record.get("question", record.get("prompt"))
     if "custom_id" in record:
         number = re.search(r"(\d+)$", record["custom_id"])

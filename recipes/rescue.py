@@ -27,7 +27,7 @@ def rescue(args, run, explore):
         share = 0.0
         if explore:
             share = explorer_share(step.number, args.mix_steps, args.schedule, args.explorer_share)
-        n_rest = min(split_group(share, args.group_size)[0], args.group_size - 1)  # of nothing, nothing fails
+        n_rest = min(split_group(share, args.group_size)[0], args.group_size - 1)  # else nobody could fail
         random = step.random(LEARNER)  # one stream: the rest goes on where the first part left it
         rollouts = write(step.prompts, args.group_size - n_rest, random)             # [P, n_first]
         if n_rest:

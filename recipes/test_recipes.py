@@ -27,7 +27,8 @@ from plumbing import books, checkpoint, pictures
 from plumbing import pool as reader
 from plumbing.steps import Step
 from plumbing.text import decode
-from recipes import data, explorers, internlm2, measured, overnight, pool, remedies, retokenize
+from recipes import (data, explorers, internlm2, measured, overnight, pool, pool_import, remedies,
+                     retokenize)
 from recipes import rescue as rescuing
 from recipes import separate as separating
 from test_all import (  # noqa: F401
@@ -419,7 +420,8 @@ def test_the_page_of_rollouts_shows_whatever_was_written_and_runs_none_of_it(tmp
     problems = [reward.Problem("<b>1</b>", "1"), reward.Problem("2", "<i>2")]
     (tmp_path / "rollouts").mkdir()
     for step in (1, 2):
-        done = Step(step, [0, 1], problems, None, None, written, torch.ones(2, 2, 3), ratio[..., 0], {}, tokens)
+        done = Step(step, [0, 1], problems, None, None, written, torch.ones(2, 2, 3), ratio[..., 0],
+                    tokens=tokens)
         pictures.note(tmp_path, done, tokenizer)
     page = (tmp_path / "rollouts.html").read_text()
     read = Texts(page)
@@ -483,8 +485,10 @@ TOLD = [{"role": "system", "content": "s"}, {"role": "user", "content": "q Answe
      ("q\nA. bank\nB. mall", "B", "choice")),
     ({"prompt": "q", "completion": r"it is \boxed{5}"}, ("q", "5", "math")),
     ({"prompt": CHAT, "completion": [{"role": "assistant", "content": "#### 5"}]}, ("q", "5", "math")),
-    ({"prompt": CHAT, "label": "34"}, ("q", "34", "math")), ({"prompt": "q", "answer": "4"}, ("q", "4", "math")),
-    ({"prompt": TOLD, "reward_model": {"ground_truth": "5"}}, ("s\n\nq Answer: x", "5", "instructed")),  # verl
+    ({"prompt": CHAT, "label": "34"}, ("q", "34", "math")),
+    ({"prompt": "q", "answer": "4"}, ("q", "4", "math")),
+    ({"prompt": TOLD, "reward_model": {"ground_truth": "5"}},
+     ("s\n\nq Answer: x", "5", "instructed")),  # verl's
     ({"prompt": "q", "solution": "9", "source_prompt": TOLD, "reward_model": {"ground_truth": "9"}},
      ("q", "9", "math"))])  # DAPO-Math-17k-Processed: nothing in it tells the model how to answer
 def test_layouts_of_known_data_sets(record, problem, tmp_path, capsys):
@@ -497,7 +501,8 @@ def test_csv_and_a_mixture(tmp_path, capsys):
     (tmp_path / "a.csv").write_text('question,answer\n"1, 2?",3\n"a\nb",4\n')
     (tmp_path / "b.jsonl").write_text("".join(
         json.dumps({"question": f"q{i}", "answer": str(i)}) + "\n" for i in range(9)))
-    assert convert(capsys, tmp_path / "a.csv", tmp_path / "a")[0] == [("1, 2?", "3", "math"), ("a\nb", "4", "math")]
+    written, _ = convert(capsys, tmp_path / "a.csv", tmp_path / "a")
+    assert written == [("1, 2?", "3", "math"), ("a\nb", "4", "math")]
     data.main([str(tmp_path / "a.csv"), f"{tmp_path}/b.jsonl:4", "--out", str(tmp_path / "both")])
     assert len(load_problems(tmp_path / "both")) == 6
     code, said = convert(capsys, f"{tmp_path}/b.jsonl:10", tmp_path / "c")
@@ -737,3 +742,48 @@ sys.exit(any([os.waitpid(child, 0)[1] for child in both]))
     checkpoint.load(tmp_path / "family" / "learner")
     assert {path.name for path in (tmp_path / "family").iterdir()} == {
         "explorer", "learner", "train.jsonl", "heldout.jsonl", "family.json"}
+
+
+# ---- pool_import.py ----------------------------------------------------------------------------------------
+
+def test_a_pool_is_made_of_what_any_engine_wrote(family, tmp_path, capsys):
+    """Matched by a wrong number, right answers would be paid as wrong ones, without a sign."""
+    lines = (family / "train.jsonl").read_text().splitlines()[:6]
+    asked = [json.loads(line)["question"] for line in lines]
+    (tmp_path / "data.jsonl").write_text("\n".join([lines[0], lines[0], *lines[1:]]) + "\n")  # one comes twice
+    right = [f"{(int(q[0]) + int(q[2])) % 10}" for q in asked]
+    choices = [{"message": {"content": right[2]}, "finish_reason": "stop"},
+               {"message": {"content": right[2] + "1"}, "finish_reason": "length"}]
+    texts = [{"question": asked[0], "responses": [right[0], "x", "<eos>"]},
+             {"prompt": asked[1], "outputs": [{"text": right[1], "finish_reason": "stop"}]},
+             {"custom_id": "request-3", "response": {"body": {"choices": choices}}},  # its line in the file
+             {"question": "unknown", "responses": ["1"]}]
+    (tmp_path / "texts.jsonl").write_text("\n".join(json.dumps(text) for text in texts) + "\n\n")
+    out = tmp_path / "pool.jsonl"
+    argv = [str(tmp_path / "texts.jsonl"), "--tokenizer", str(family / "learner"), "--data",
+            str(tmp_path / "data.jsonl"), "--out", str(out)]
+    pool_import.main(argv)
+    assert "6 rollouts of 3 of 6 problems, mean reward 0.500; 1 lines answer no problem" in capsys.readouterr().out
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(r["prompt"], r["reward"], r["response_ids"][-1] == 0) for r in found] == [
+        (asked[0], 1, True), (asked[0], 0, True), (asked[0], 0, True), (asked[1], 1, True), (asked[2], 1, True),
+        (asked[2], 0, False)]
+    assert found[2]["response_ids"].count(0) == 1  # the control token that the text spells out is none
+    (tmp_path / "texts.jsonl").write_text('{"question": "1+1="}\n')
+    with pytest.raises(SystemExit, match="2"):
+        pool_import.main(argv)
+    assert "texts.jsonl, line 1: in none of the layouts" in capsys.readouterr().err
+
+
+def test_a_pool_of_texts_trains_and_refuses_what_needs_log_probs(family, tmp_path):
+    problems = load_problems(family / "train.jsonl")
+    lines = [{"question": p.question, "responses": [p.answer, "x", "1", "2"]} for p in problems]
+    (tmp_path / "texts").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    out, more = tmp_path / "pool.jsonl", ("--lr", 1e-3)
+    pool_import.main([str(tmp_path / "texts"), "--tokenizer", str(family / "learner"), "--data",
+                      str(family / "train.jsonl"), "--out", str(out)])
+    _, lines, _ = run_here(family, tmp_path / "run", *more, "--explorer", out)
+    assert lines[0]["reward_explorer"] > 0 and lines[0]["grad_norm"] > 0 and lines[0]["logp_gap"] is None
+    for choice in ("behaviour", "truncated", "geometric"):
+        with pytest.raises(ValueError, match="needs the log-probabilities"):
+            run_here(family, tmp_path / choice, *more, "--explorer", out, "--off-policy", choice)

@@ -180,7 +180,8 @@ def parse_flags(argv):
     args, checkpoint = parse(), None
     settings = Path(args.output_dir or refuse("--out is missing"), "settings.json")
     if (there := settings.exists()) != args.resume:
-        refuse(f"{args.output_dir} holds " + ("a run: --resume continues it" if there else "no run to resume"))
+        what = "a run: --resume continues it" if there else "no run to resume"
+        refuse(f"{args.output_dir} holds {what}")
     if there:
         parser.set_defaults(**(before := json.loads(settings.read_text())))
         args = parse()
