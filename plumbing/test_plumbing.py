@@ -388,6 +388,31 @@ def test_a_signal_ends_the_run_at_once_but_an_update_whole(
     resumes(out, *more)
 
 
+INTERRUPTED = """
+import io, os, signal, sys
+import plumbing.files, train
+class File(io.FileIO):
+    def write(self, data):
+        if "checkpoint_000002" in str(self.name) and signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().write(data)
+plumbing.files.open = lambda path, mode: File(path, "w")
+train.main(sys.argv[1:])
+"""
+
+
+def test_a_signal_waits_until_a_checkpoint_is_written(family, tmp_path, resumes):
+    """torch.save swallows what interrupts it, and the run goes on; or it raises an error of its own, and the
+    run ends with a traceback, exit code 1 and no learner."""
+    out, more = tmp_path / "run", ("--lr", 1e-3, "--save-every", 1, "--eval-data", "")
+    ended = subprocess.run([sys.executable, "-c", INTERRUPTED, *flags(family, out, *more)], cwd=ROOT,
+                           capture_output=True, text=True, timeout=90)
+    assert ended.returncode == 143 and "Traceback" not in ended.stderr, ended.stderr
+    assert (out / "learner").exists() and not [*out.glob("*.partial")]
+    assert sorted(path.name for path in out.glob("*.pt")) == ["checkpoint_000001.pt", "checkpoint_000002.pt"]
+    resumes(out, *more)
+
+
 @pytest.mark.parametrize("damage", ["cut short", "one bit", "in the directory"])
 def test_a_damaged_checkpoint_is_passed_over(damage, family, tmp_path, capsys, resumes):
     """torch.load looks at no checksum: after one flipped bit, training goes on from what nobody learnt."""
