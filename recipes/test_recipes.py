@@ -325,6 +325,19 @@ def test_thinned_groups_have_one_method_as_often_as_before(family):
 
 # ---- rescue.py, separate.py, remedies.py, measured.py ------------------------------------------------------
 
+def test_measured_share_follows_what_the_explorer_adds_and_leaves_for_good():
+    """Fed with mean rewards it would keep a beaten explorer, which is right now and then too."""
+    line = lambda e, l: {"step": 1, "groups_explorer_only": e, "groups_learner": l}
+    share = lambda seen: measured.measured_share([{"step": 0}, *(line(*both) for both in seen)])
+    assert share([]) == 0.5 and share([(0.5, 0.25)]) == pytest.approx(0.5 / (0.5 + 0.8 * 0.5 + 0.2 * 0.25))
+    assert share([(0.3, 0.1)] * 99) == pytest.approx(0.75)
+    seen, shares = [], []
+    for step in range(60):  # a learner that solves every group from step 20 on
+        shares.append(share(seen))
+        seen.append((0.9 if step < 20 and shares[-1] else 0.0, float(step >= 20)))
+    assert shares[20] > 0.9 and shares[-1] == 0 and sorted(shares[20:], reverse=True) == shares[20:]
+
+
 LOOPS = {"rescue": rescuing.rescue, "separate": separating.separate, "measured": measured.measured,
          **remedies.LOOPS}
 
