@@ -25,13 +25,13 @@ from tqdm import tqdm
 
 from plumbing.answers import after_thought
 from plumbing.checkpoint import fingerprint
-from plumbing.pictures import new_figure, plot_curves
 from plumbing.files import whole_lines
+from plumbing.pictures import new_figure, plot_curves
+from plumbing.problems import load_problems, scorer_hash
 from plumbing.survival import load_any
 from plumbing.terminal import one_line, pick_device
 from plumbing.text import decode, encode_all, stop_texts
-from plumbing.problems import load_problems
-from reward import Score, score, scorer_hash
+from reward import Score, score
 from sample import check_lengths, sample
 
 

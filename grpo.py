@@ -169,7 +169,7 @@ def kl_estimates(logps, ref_logps, mask, estimator="k3"):
                          KL(pi_ref || pi_theta)
 
     Equal near pi_ref, where the penalty is used. On explorer tokens none of them is an estimate of the KL:
-    the tokens are not drawn from pi_theta; as a penalty it still pulls towards pi_ref there."""
+    the tokens are not drawn from pi_theta; as a penalty it still pulls towards pi_ref mask_cpu."""
     x = (ref_logps - logps).masked_fill(~mask, 0.0).clamp(max=FAR)
     return {"k1": -x, "k2": x.square() / 2, "k3": x.exp() - 1 - x}[estimator]
 
@@ -178,8 +178,8 @@ def kl_estimates(logps, ref_logps, mask, estimator="k3"):
 
 def response_logprobs(model, prompts, groups, ids, mask, temperature=1.0):
     """(log-probs, entropies), each [N, T], of the responses ids [N, T] (valid where mask [N, T]) to the
-    prompts (lists of ids) that groups [N] names, at the sampler's temperature. groups and mask had better lie
-    on the CPU: they decide shapes, and a GPU would run dry while it is asked for them.
+    prompts (lists of ids) that groups [N] names, at the sampler's temperature. Pass groups and mask on the
+    CPU: they decide shapes, and asking a GPU for them would stall it.
 
     A group shares its prompt, so each prompt runs once. The responses attend to its keys and values, through
     which their gradients flow back into it. The prompt's last token predicts a response's first, and the
@@ -225,15 +225,16 @@ def update(learner, reference, optimizer, prompts, rollouts, advantages, objecti
         rollouts.ids, rollouts.mask, rollouts.logps, rollouts.from_explorer, advantages))
     device, loss = ids.device, LOSSES[objective.loss]
     mask = mask if loss.cut_rows else mask & rollouts.finished.flatten()[:, None]
-    groups, there = torch.arange(P).repeat_interleave(G), mask.cpu()  # [N] each row's prompt, and the mask
-    sizes = groups.tolist(), [len(prompts[row // G]) for row in range(P * G)], there.sum(1).tolist()
+    groups, mask_cpu = torch.arange(P).repeat_interleave(G), mask.cpu()  # [N] each row's prompt; [N, T]
+    sizes = groups.tolist(), [len(prompts[row // G]) for row in range(P * G)], mask_cpu.sum(1).tolist()
     # Without a KL term a row with A = 0 has no gradient and is skipped. If the learner has become NaN, all
     # its rewards are equal; its rows are kept, so that the NaN loss shows.
     broken = sampler_logps.sum(1).isnan() & ~from_explorer
     teaches = (((reference is not None) | (A != 0) | broken) & mask.any(1)).tolist()
 
     def logprobs(model, part, rows):
-        return response_logprobs(model, prompts, groups[part], ids[rows], there[part], objective.temperature)
+        return response_logprobs(model, prompts, groups[part], ids[rows], mask_cpu[part],
+                                 objective.temperature)
 
     def parts_of(rows):
         parts = micro_batches([row for row in rows if teaches[row]], *sizes, objective.micro_batch_tokens)
@@ -251,7 +252,7 @@ def update(learner, reference, optimizer, prompts, rollouts, advantages, objecti
     learner_logps = fixed_logprobs(learner) if objective.minibatches > 1 else None
     ref_logps = fixed_logprobs(reference) if reference else None
 
-    losses, grad_norms, trained = [], [], torch.zeros_like(there)
+    losses, grad_norms, trained = [], [], torch.zeros_like(mask_cpu)
     weights = torch.zeros(mask.shape, device=device)  # [N, T]
     names = ["ratio", "clip_fraction", "entropy", "logp_gap"] + ["kl"] * (reference is not None)
     at_token = torch.zeros(len(names), *mask.shape, device=device)  # what the metrics are means of
@@ -277,7 +278,7 @@ def update(learner, reference, optimizer, prompts, rollouts, advantages, objecti
             part_loss.backward()
             optimizer.accumulate()
             part_losses.append(part_loss.detach())
-            trained[part], at_token[:, rows] = there[part], torch.stack(values)
+            trained[part], at_token[:, rows] = mask_cpu[part], torch.stack(values)
         losses.append(torch.stack(part_losses))  # [parts + 1]
         grad_norms.append(optimizer.step(objective.max_grad_norm, losses[-1].sum()))  # nan: skipped
 

@@ -90,8 +90,8 @@ def rotate(x, cos, sin):
 
 
 def project(x, weight):
-    """x @ weight.T: [..., in] -> [..., out]. For few rows, as in decoding, a CPU's BLAS uses one core, because
-    it splits the work by rows. (weight @ x.T).T is split by output feature."""
+    """x @ weight.T: [..., in] -> [..., out]. For few rows, as in decoding, a CPU's BLAS uses one core: it
+    splits the work by rows. (weight @ x.T).T is split by output feature."""
     rows = x.flatten(0, -2)  # [..., in] -> [N, in]
     if x.device.type == "cpu" and len(rows) <= 64:
         return (weight @ rows.T).T.unflatten(0, x.shape[:-1])
@@ -227,9 +227,10 @@ class Transformer(nn.Module):
         cos, sin = rotary(positions[:, None], self.config, x.dtype)  # [B, 1, T, h] each, for all heads
         for i, layer in enumerate(self.layers):
             inputs = x, cos, sin, functools.partial(past, i) if past else None
-            recompute = self.checkpoint_layers and torch.is_grad_enabled()
-            again = dict(use_reentrant=False, preserve_rng_state=False)  # there is no dropout
-            x = checkpoint(layer, *inputs, **again) if recompute else layer(*inputs)
+            if self.checkpoint_layers and torch.is_grad_enabled():
+                x = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)  # no dropout
+            else:
+                x = layer(*inputs)
         return self.norm(x)
 
     def logits(self, hidden):

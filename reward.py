@@ -6,14 +6,11 @@ Two kinds of problem:
 
 Model output is data here: it is never evaluated, and the time to score it grows in proportion to its length.
 """
-import ast
-import hashlib
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NamedTuple
 
-from plumbing import answers, tasks
 from plumbing.answers import answers_equal, extract_answer, tidy
 from plumbing.tasks import HABIT_OPERATOR, habit_solution, natural_is_legal
 
@@ -51,14 +48,6 @@ def score(problem, text):
     return Score(reward=float(strict), strict=strict, answer=answer)  # your own reward: change `reward=` here
 
 
-def scorer_hash():
-    """A hash of the rules, without comments but with docstrings: a figure belongs to the rules that gave it.
-    What your own reward imports from elsewhere is not in it."""
-    files = __file__, answers.__file__, tasks.__file__
-    sources = [Path(file).read_text(encoding="utf-8") for file in files]
-    return hashlib.sha256("".join(ast.unparse(ast.parse(x)) for x in sources).encode()).hexdigest()[:16]
-
-
 # ---- the tasks and their checks ----------------------------------------------------------------------------
 
 def check_habit(problem, text):
@@ -72,9 +61,13 @@ def check_natural(problem, text):
     return answer and natural_is_legal(problem.question, text), answer
 
 
+OPENED = re.compile(r"(?:Answer:\**|####|\\boxed *\{|<think(?:ing)?>)\s*$", re.IGNORECASE)
+
+
 def said(problem, text):
-    """A response. An exact prompt may end with `Answer:`, so its last line is put before the response."""
-    return problem.question.rpartition("\n")[2] + text if problem.exact else text
+    """A response, after the `Answer:` that an exact prompt may end with. Nothing else in a prompt counts."""
+    opened = problem.exact and OPENED.search(problem.question)
+    return opened[0] + text if opened else text
 
 
 def check_choice(problem, text):
@@ -91,7 +84,7 @@ def check_words(problem, text):
 
 
 class Task(NamedTuple):
-    check: callable        # (problem, text) -> (strict, answer)
+    check: Callable        # (problem, text) -> (strict, answer)
     instruction: str = ""  # what follows the question
     pattern: str = ""      # what its questions look like, if they are whole prompts and not words
     gold: str = ""         # what its answers look like, "(?s).*" anything; "": short and equal to themselves

@@ -62,7 +62,7 @@ def join(*parts, dim=1):
 
 
 def signed(write):
-    """The writer write(prompts, n, generator) -> Rollouts [P, n] as an explorer, whose rollouts say who wrote
+    """The writer write(prompts, n, generator) -> Rollouts [P, n] as an explorer: its rollouts say who wrote
     them."""
     def explore(prompts, n, generator):
         rollouts = write(prompts, n, generator)
@@ -149,14 +149,21 @@ class Flight:
     def __init__(self, model, rows, slots):
         device, slots = model.head.device, -(-slots // 16) * 16  # a GPU copies masks of other widths
         self.model, self.slots, self.entering = model, slots, []
-        self.cache = KVCache(model, rows, slots + 1)  # the last is never read: torch compiles a whole axis anew
+        self.cache = KVCache(model, rows, slots + 1)  # a whole axis, read, would be compiled anew
         self.longest = 0  # a bound on the longest row, which the host knows without asking the device
         self.rollout, self.token = torch.zeros(2, rows, dtype=torch.long, device=device)  # [R] each
         self.running = torch.zeros(rows, dtype=torch.bool, device=device)
         self.step = compiled(decode_step) if model.compiled else decode_step
 
+    def stop_where(self, until, ids, lengths):
+        """Rows that have said a stop text need not go on: ids [P*G, T], lengths [P*G]."""
+        rows = (x.tolist() for x in (self.running, ids[self.rollout], lengths[self.rollout]))
+        on = [running and not until(row[:length]) for running, row, length in zip(*rows)]
+        self.running = torch.tensor(on, device=self.running.device)
+
     def look(self):
-        """Indices of the rows that do not run, on the CPU. It waits for the device, once."""
+        """Indices of the rows that do not run, on the CPU. It waits for the device, once, and notes the rows
+        for `retire` and how long the longest is."""
         seen = torch.cat([self.cache.lengths.max()[None], self.running]).cpu()
         self.longest, self.runs = int(seen[0]), seen[1:] > 0
         return (~self.runs).nonzero().squeeze(1)
@@ -234,10 +241,8 @@ def sample(model, prompts, n, generator, max_new_tokens, stops, temperature=1.0,
     bar = tqdm(total=P * G, desc="sampling", unit="rollout", delay=10, leave=False, disable=None)
     while True:
         # Turn over: waiting groups take the rows that have finished, or these leave
-        if until:  # who has said a stop text need not go on
-            rows = (x.tolist() for x in (flight.running, ids[flight.rollout], lengths[flight.rollout]))
-            on = [running and not until(row[:length]) for running, row, length in zip(*rows)]
-            flight.running = torch.tensor(on, device=device)
+        if until:
+            flight.stop_where(until, ids, lengths)
         idle, R = flight.look(), len(flight.running)
         bar.update(P * G - len(waiting) * G - (R - len(idle)) - bar.n)
         if len(idle) == R and not waiting:

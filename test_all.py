@@ -73,7 +73,7 @@ import anneal
 import eval as evaluation
 import grpo
 import model as models
-from plumbing.problems import load_problems, save_problems
+from plumbing.problems import load_problems, save_problems, scorer_hash
 import reward
 import sample as sampling
 import train as training
@@ -1025,12 +1025,12 @@ def edited_reward(directory, to, rule="reward=float(strict)", module=reward):
     (tasks, "(a + b) % 10", "(a + b) % 9")])
 def test_the_scorers_hash_follows_its_rules_and_not_its_comments(module, rule, other, tmp_path):
     """Without it, an old figure is shown for a new reward."""
-    before = reward.scorer_hash()
+    before = scorer_hash()
     with edited_reward(tmp_path, rule, rule, module):
         Path(module.__file__).write_text(Path(module.__file__).read_text() + "\n\n# mine\n")
-        assert reward.scorer_hash() == before
+        assert scorer_hash() == before
     with edited_reward(tmp_path, other, rule, module):
-        assert reward.scorer_hash() != before
+        assert scorer_hash() != before
 
 
 def test_problems_are_saved_whole_or_not_at_all(tmp_path):

@@ -32,12 +32,12 @@ from plumbing.checkpoint import fingerprint, load
 from plumbing.log import open_log
 from plumbing.optimizer import Optimizer
 from plumbing.pool import open_pool
+from plumbing.problems import load_problems, scorer_hash
 from plumbing.steps import ADAPTER, EXPLORER, LEARNER, MINIBATCH, generator, last_step, steps
 from plumbing.survival import check_place, claim, listen, save_checkpoint, settings_of
 from plumbing.terminal import one_line, pick_device
 from plumbing.text import decode, encode_all, stop_texts
-from plumbing.problems import load_problems
-from reward import SYNTHETIC, score, scorer_hash
+from reward import SYNTHETIC, score
 from sample import check_lengths, join, sample, signed
 
 
@@ -47,10 +47,8 @@ def train(args, run, explore):
     write = writer(args, run, run.learner, args.temperature)
     for step in steps(args, run):                                                    # for i = 1..T
         # 1. Who writes how much of each group
-        share = 0.0
-        if explore:
-            share = explorer_share(step.number, args.mix_steps, args.schedule, args.explorer_share)
-        n_explorer, n_learner = split_group(share, args.group_size)                  # alpha_i -> G_w, G_s
+        share = share_of(args, step, explore)                                        # alpha_i
+        n_explorer, n_learner = split_group(share, args.group_size)                  # G_w, G_s
 
         # 2. Rollouts: one group a prompt
         parts = []
@@ -81,6 +79,11 @@ def learn(run, step, rollouts, objective=None, advantages=advantages_of):
                                        A.to(rollouts.ids.device), objective, step.random(MINIBATCH))
     step.rollouts, step.advantages = rollouts, A
     step.lap("training")
+
+
+def share_of(args, step, explore):
+    """alpha_i of a step; 0 without an explorer."""
+    return explorer_share(step.number, args.mix_steps, args.schedule, args.explorer_share) if explore else 0.0
 
 
 def writer(args, run, model, temperature=1.0, top_p=1.0):
@@ -179,9 +182,10 @@ def parse_flags(argv=None):
             parser.set_defaults(**{name: before[name] for name in vars(args).keys() - {"resume", "out"}
                                    if name in before})
             args = parser.parse_args(argv)
+        given = {name for name, *_ in IDLE if getattr(args, name) != parser.get_default(name)}
         resolve(args)
         for name, idle, when in IDLE:
-            if getattr(args, name) != parser.get_default(name) and idle(args):
+            if name in given and idle(args):
                 print(f"warning: --{name.replace('_', '-')} does nothing {when}", file=sys.stderr)
     return args
 
@@ -192,6 +196,7 @@ IDLE = (  # flags that do nothing, and when
     ("explorer_temperature", no_sampler, "without an explorer that samples in this run"),
     ("explorer_top_p", no_sampler, "without an explorer that samples in this run"),
     ("explorer_share", lambda args: args.schedule != "constant", "without --schedule constant"),
+    ("mix_steps", lambda args: args.schedule == "constant", "with --schedule constant"),
     ("off_policy", lambda args: args.explorer == "none", "without an explorer"),
     ("clip_low", no_clip, "with one mini-batch, where every ratio is 1"),
     ("clip_high", no_clip, "with one mini-batch, where every ratio is 1"))

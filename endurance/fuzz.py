@@ -32,11 +32,11 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import reward
-from plumbing.problems import load_problems
 from plumbing import answers
 from plumbing.checkpoint import load
 from plumbing.family import make_family
 from plumbing.pool import open_pool
+from plumbing.problems import load_problems
 from plumbing.text import encode
 
 try:

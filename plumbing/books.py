@@ -114,7 +114,7 @@ def publish(args, run):
     step, looked_at = line["step"], line["step"] == args.steps or due(line["step"], args.eval_every)
     if run.eval_problems and looked_at and "eval_curve" not in line:
         line |= evaluate_run(args, run, run.write)
-        keep_best(run, out)
+        keep_best(args, run, out)
     with open(out / "metrics.jsonl", "a") as file:
         file.write(as_json(line))
     with only_to_look_at(f"--log {args.log} failed"):
@@ -126,11 +126,12 @@ def publish(args, run):
                 pictures.draw(out, run.history, crossing(run.history[0]))
 
 
-def keep_best(run, out):
-    """If the step that was just evaluated is the best so far, and was saved, best.pt is its checkpoint."""
+def keep_best(args, run, out):
+    """If the step that was just evaluated is the best of those that were saved, best.pt is its checkpoint."""
     newest = out / f"checkpoint_{last_step(run):06d}.pt"
-    at_1 = [line["eval_strict_pass@1"] for line in run.history if line["step"] and "eval_curve" in line]
-    if newest.exists() and at_1[-1] == max(at_1):
+    at_1 = [line["eval_strict_pass@1"] for line in run.history if line["step"] and "eval_curve" in line
+            and (line["step"] == args.steps or due(line["step"], args.save_every))]
+    if newest.exists() and at_1 and at_1[-1] == max(at_1):
         with only_to_look_at("best.pt is not kept"):
             (out / "best.pt").unlink(missing_ok=True)
             os.link(newest, out / "best.pt")  # a second name: it takes no room and no time

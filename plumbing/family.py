@@ -23,9 +23,9 @@ from tqdm import tqdm
 
 from model import Config, Transformer
 from plumbing.checkpoint import save
-from plumbing.terminal import one_line, pick_device
-from plumbing.tasks import TOPICS, WRITERS
 from plumbing.problems import save_problems
+from plumbing.tasks import TOPICS, WRITERS
+from plumbing.terminal import one_line, pick_device
 from reward import SYNTHETIC, Problem
 
 # Width, layers. The learner is large enough to memorise the writers' habits, the explorer too small for that

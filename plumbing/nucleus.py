@@ -1,8 +1,8 @@
 """Top-p: which tokens lie outside of the nucleus, the smallest set of likeliest tokens with a mass of top_p.
 
 Where it ends among equally likely tokens, any of them complete it. On a CPU sorting is the faster way. A GPU
-is slow to sort, and would sort the whole vocabulary at every token: there the probability of the nucleus's last
-token is sought by bisection (not measured, as no GPU was at hand).
+is slow to sort, and would sort the whole vocabulary at every token: there the probability of the nucleus's
+last token is sought by bisection (not measured, as no GPU was at hand).
 
 Shapes: R rows, V vocabulary.
 """

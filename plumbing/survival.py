@@ -4,7 +4,7 @@ Nothing random is saved. Random numbers depend on (seed, step, purpose) alone, a
 problems, so weights, AdamW's moments and the history of metrics are all that a checkpoint holds. On a CPU a
 resumed run equals an unbroken one to the last bit.
 
-SIGINT and SIGTERM end a run at once, but for two things, for which they wait (`run.busy`). Between the
+SIGINT and SIGTERM end a run at once, except during two things (`run.busy`), which end first. Between the
 beginning of an update and its entry in the history the weights are those of no step. And while a file is
 written, torch turns an interruption into an error of its own. Before it ends, the run saves its last step.
 """
@@ -153,7 +153,7 @@ def listen(run):
         run.stopped = number
         for each in numbers:
             signal.signal(each, signal.SIG_DFL)
-        os.write(2, b"\nending this update, then saving; once more quits at once\n")
+        os.write(2, b"\nstopping: saving the last step; once more quits at once\n")
         if not run.busy:
             raise KeyboardInterrupt
     for number in numbers:

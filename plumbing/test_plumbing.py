@@ -740,6 +740,16 @@ def test_an_exact_prompt_reaches_the_model_as_it_is_written(tmp_path):
     assert right == [True, False, False]
     assert not reward.score(as_problem({"question": "3?", "answer": "3"}), " 3").answer
 
+@pytest.mark.parametrize("prompt, text, right", [
+    (r"Q: 1+2? A: \boxed{3} Q: 1+1+1? A:", " I do not know", False),
+    (r"What is 1+2? Put the final answer within \boxed{}. Answer:", " 3", True),
+    (r"What is 1+2? Put it in \boxed{}. Let's think.", "\nAnswer: 3", True), ("1+2? **Answer:**", " 3", True),
+    (r"1+2? \boxed{", "3}", True), ("1+2? <think>", "3? \\boxed{3}", False),
+    ("1+2? <think>", "so</think>\\boxed{3}", True)])
+def test_a_prompt_neither_earns_nor_forbids_the_reward(prompt, text, right):
+    """An example's box in a few-shot prompt paid for a response that answered nothing."""
+    assert reward.score(as_problem({"prompt": prompt, "answer": "3"}), text).answer == right
+
 
 def test_a_control_token_spelled_in_a_question_stays_text(tmp_path):
     """`<end><start>A9` in a question would put an answer into the assistant's mouth."""

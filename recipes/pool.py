@@ -18,9 +18,9 @@ from tqdm import tqdm
 
 from plumbing.checkpoint import fingerprint, load
 from plumbing.files import write_whole
+from plumbing.problems import load_problems
 from plumbing.terminal import one_line, pick_device
 from plumbing.text import decode, encode_all, stop_texts
-from plumbing.problems import load_problems
 from reward import score
 from sample import check_lengths, sample
 

@@ -23,9 +23,9 @@ from pathlib import Path
 
 from plumbing.checkpoint import directory_of
 from plumbing.files import write_whole
+from plumbing.problems import as_problem, load_problems
 from plumbing.terminal import one_line
 from plumbing.text import encode_all, turn_ends
-from plumbing.problems import as_problem, load_problems
 from reward import score
 
 

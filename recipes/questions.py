@@ -9,8 +9,8 @@ import argparse
 import random
 from pathlib import Path
 
-from plumbing.terminal import one_line
 from plumbing.problems import save_problems
+from plumbing.terminal import one_line
 from reward import Problem
 
 WORDS = "apple river stone cloud tiger lamp paper garden silver winter bread music candle forest".split()

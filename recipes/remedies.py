@@ -13,20 +13,20 @@ recipes/worth.py compares them. Shapes: P prompts a step, G rollouts a prompt.
 import sys
 from dataclasses import replace
 
-from anneal import explorer_share, split_group
+from anneal import split_group
 from grpo import advantages_of
 from plumbing.books import keep_books
 from plumbing.steps import EXPLORER, LEARNER, batch_of, steps
 from plumbing.terminal import fail
 from plumbing.text import decode
 from sample import join
-from train import learn, main, parse_flags, score_all, train, writer
+from train import learn, main, parse_flags, score_all, share_of, train, writer
 
 
 def groups_of(args, step, explore, own, streams=None):
     """(share, rollouts [P, G]) of a step, as train.train writes them. `streams`: the generators of explorer
     and learner, where they go on from an earlier call."""
-    share = explorer_share(step.number, args.mix_steps, args.schedule, args.explorer_share) if explore else 0
+    share = share_of(args, step, explore)
     streams = streams or (step.random(EXPLORER), step.random(LEARNER))
     writers = zip((explore, own), split_group(share, args.group_size), streams)
     return share, join(*(write(step.prompts, n, stream) for write, n, stream in writers if n))

@@ -12,32 +12,29 @@ import sys
 
 import torch
 
-from anneal import explorer_share, split_group
+from anneal import split_group
 from plumbing.books import keep_books
 from plumbing.steps import EXPLORER, LEARNER, steps
 from plumbing.text import decode
 from sample import join
-from train import learn, main, score_all, writer
+from train import learn, main, score_all, share_of, writer
 
 
 def rescue(args, run, explore):
     """train.train with other rollouts."""
     write = writer(args, run, run.learner, args.temperature)
     for step in steps(args, run):
-        share = 0.0
-        if explore:
-            share = explorer_share(step.number, args.mix_steps, args.schedule, args.explorer_share)
+        share = share_of(args, step, explore)
         n_rest = min(split_group(share, args.group_size)[0], args.group_size - 1)  # else nobody could fail
         random = step.random(LEARNER)  # one stream: the rest goes on where the first part left it
         rollouts = write(step.prompts, args.group_size - n_rest, random)             # [P, n_first]
         if n_rest:
             failed = score_all(step.problems, decode(rollouts, run.tokenizer))[..., 1].sum(1) == 0  # [P]
-            parts, order = [], []
-            for writes, stream, which in ((explore, step.random(EXPLORER), failed), (write, random, ~failed)):
-                if chosen := which.nonzero().flatten().tolist():
-                    parts.append(writes([step.prompts[i] for i in chosen], n_rest, stream))
-                    order += chosen
-            rest = join(*parts, dim=0)[torch.tensor(order).argsort()]              # [P, n_rest], in order
+            lost, won = (which.nonzero().flatten().tolist() for which in (failed, ~failed))
+            asked = lambda which: [step.prompts[i] for i in which]
+            parts = [explore(asked(lost), n_rest, step.random(EXPLORER))] if lost else []
+            parts += [write(asked(won), n_rest, random)] if won else []
+            rest = join(*parts, dim=0)[torch.tensor(lost + won).argsort()]         # [P, n_rest], in order
             rollouts = join(rollouts, rest)                                        # [P, G]
         share = rollouts.from_explorer.float().mean().item()
         learn(run, step, rollouts)

@@ -9,20 +9,18 @@ has nothing to compare it with, and is left out of that step. At share 0 this is
 import torch
 
 import train
-from anneal import explorer_share, split_group
+from anneal import split_group
 from plumbing.books import keep_books
 from plumbing.steps import EXPLORER, LEARNER, steps
 from sample import join
-from train import learn, main, writer
+from train import learn, main, share_of, writer
 
 
 def separate(args, run, explore):
     """train.train with two updates a step."""
     own = writer(args, run, run.learner, args.temperature)
     for step in steps(args, run):
-        share = 0.0
-        if explore:
-            share = explorer_share(step.number, args.mix_steps, args.schedule, args.explorer_share)
+        share = share_of(args, step, explore)
         n_explorer, n_learner = split_group(share, args.group_size)
         parts, found = [], []
         for write, n, purpose in ((explore, n_explorer, EXPLORER), (own, n_learner, LEARNER)):

@@ -763,7 +763,7 @@ def test_a_pool_is_made_of_what_any_engine_wrote(family, tmp_path, capsys):
     """Matched by a wrong number, right answers would be paid as wrong ones, without a sign."""
     lines = (family / "train.jsonl").read_text().splitlines()[:6]
     asked = [json.loads(line)["question"] for line in lines]
-    (tmp_path / "data.jsonl").write_text("\n".join([lines[0], lines[0], *lines[1:]]) + "\n")  # one comes twice
+    (tmp_path / "data.jsonl").write_text("\n".join([lines[0], lines[0], *lines[1:]]) + "\n")  # one is twice
     right = [f"{(int(q[0]) + int(q[2])) % 10}" for q in asked]
     choices = [{"message": {"content": right[2]}, "finish_reason": "stop"},
                {"message": {"content": right[2] + "1"}, "finish_reason": "length"}]
@@ -776,11 +776,12 @@ def test_a_pool_is_made_of_what_any_engine_wrote(family, tmp_path, capsys):
     argv = [str(tmp_path / "texts.jsonl"), "--tokenizer", str(family / "learner"), "--data",
             str(tmp_path / "data.jsonl"), "--out", str(out)]
     pool_import.main(argv)
-    assert "6 rollouts of 3 of 6 problems, mean reward 0.500; 1 lines answer no problem" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "6 rollouts of 3 of 6 problems, mean reward 0.500; 1 lines answer no problem" in said
     found = [json.loads(line) for line in out.read_text().splitlines()]
     assert [(r["prompt"], r["reward"], r["response_ids"][-1] == 0) for r in found] == [
-        (asked[0], 1, True), (asked[0], 0, True), (asked[0], 0, True), (asked[1], 1, True), (asked[2], 1, True),
-        (asked[2], 0, False)]
+        (asked[0], 1, True), (asked[0], 0, True), (asked[0], 0, True), (asked[1], 1, True),
+        (asked[2], 1, True), (asked[2], 0, False)]
     assert found[2]["response_ids"].count(0) == 1  # the control token that the text spells out is none
     (tmp_path / "texts.jsonl").write_text('{"question": "1+1="}\n')
     with pytest.raises(SystemExit, match="2"):

@@ -29,8 +29,8 @@ import numpy as np
 import train
 from plumbing.books import evaluate_run
 from plumbing.checkpoint import load
-from plumbing.pictures import new_figure
 from plumbing.files import write_whole
+from plumbing.pictures import new_figure
 from recipes.claims import GRID, SEARCH_SEEDS, area, do, interval, make_models, run_quietly, shown
 from recipes.measured import measured
 from recipes.pairs import directory, qualified
