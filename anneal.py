@@ -32,7 +32,9 @@ def explorer_share(step, mix_steps, schedule="linear", constant=0.5):
         return 1 - progress
     if schedule == "cosine":
         return (1 + math.cos(math.pi * progress)) / 2
-    return 1.0  # step
+    if schedule == "step":
+        return 1.0
+    raise ValueError(f"no curve belongs to the schedule {schedule!r}")
 
 
 def split_group(share, group_size):

@@ -169,7 +169,7 @@ def kl_estimates(logps, ref_logps, mask, estimator="k3"):
                          KL(pi_ref || pi_theta)
 
     Equal near pi_ref, where the penalty is used. On explorer tokens none of them is an estimate of the KL:
-    the tokens are not drawn from pi_theta; as a penalty it still pulls towards pi_ref mask_cpu."""
+    the tokens are not drawn from pi_theta; as a penalty it still pulls towards pi_ref there."""
     x = (ref_logps - logps).masked_fill(~mask, 0.0).clamp(max=FAR)
     return {"k1": -x, "k2": x.square() / 2, "k3": x.exp() - 1 - x}[estimator]
 

@@ -159,7 +159,7 @@ def announce(args, run, device):
           f"{'plain GRPO' if args.explorer == 'none' else f'schedule {args.schedule}'}\n"
           f"a step    {args.prompts_per_step} prompts x {args.group_size} rollouts of up to "
           f"{args.max_new_tokens} tokens, {args.minibatches} mini-batches\n"
-          f"stops at  {', '.join(map(repr, run.tokenizer.convert_ids_to_tokens(run.stops)))}\n"
+          f"stops at  {', '.join(map(repr, run.tokenizer.convert_ids_to_tokens(run.stops) + args.stop))}\n"
           f"problems  {len(run.problems)} to train on, {len(run.eval_problems)} held out; first prompt and "
           f"answer:\n          {run.tokenizer.decode(run.prompts[0])!r}, {run.problems[0].answer!r}\n"
           "The loss stays near 0, as it should (README.md): watch the reward.")

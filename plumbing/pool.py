@@ -51,10 +51,11 @@ def open_pool(args, run):
     missing = {i: n - len(places.get(key_of(run.prompts[i]), ())) for i, n in wanted.items()}
     if missing := {i: n for i, n in missing.items() if n > 0}:
         i = min(missing)
+        enough = (f"python -m recipes.pool --model {writer} --data {args.data} --n {max(wanted.values())} "
+                  "--out NEW.jsonl makes enough" if known else "import more texts, or lower --group-size")
         raise ValueError(
             f"{path} lacks {sum(missing.values()):,} rollouts of {len(missing):,} prompts, {missing[i]} of "
-            f"{wanted[i]} of {run.problems[i].question[:40]!r} say: python -m recipes.pool --model "
-            f"{writer} --data {args.data} --n {max(wanted.values())} --out NEW.jsonl makes enough")
+            f"{wanted[i]} of {run.problems[i].question[:40]!r} say: {enough}")
     explore = partial(draw, path, places, run, args.max_new_tokens)
     for i in list(wanted)[:1]:
         explore([run.prompts[i]], 1, torch.Generator())  # what is wrong with all records shows at once

@@ -10,9 +10,9 @@ A line of TEXTS holds one problem's responses, in one of three layouts:
     {"custom_id": "7", "response": {"body": {"choices": [..]}}}    OpenAI's batches, vLLM's run_batch: the id
                                                   ends with the number of the line in --data, from 0 on
 
-A response that ended gets the token that ends a turn; one whose finish_reason is "length" was cut. Nobody
-knows the log-probabilities of the tokens, so `--off-policy behaviour`, `truncated` and `geometric` refuse
-this pool.
+Training asks for up to --group-size responses of a problem. A response that ended gets the token that ends a
+turn; one whose finish_reason is "length" was cut. Nobody knows the log-probabilities of the tokens, so
+`--off-policy behaviour`, `truncated` and `geometric` refuse this pool.
 """
 import argparse
 import collections
