@@ -313,10 +313,17 @@ def test_flags_that_the_recipe_computes_are_refused(flags, tmp_path, capsys):
     assert config.eval_steps == 2 * M
 
 
-def test_what_the_user_can_mend_is_said_in_one_line(flags, tmp_path, monkeypatch, capsys):
-    bad, stops, other = (tmp_path / name for name in ("bad", "stops", "other"))
-    hf_pair("qwen3", stops, vocab_size=32)
+def test_both_models_stop_at_the_stop_tokens_of_either(flags, tmp_path):
+    """Else a base learner learns to write an instruct explorer's stop token, and does not stop there."""
+    hf_pair("qwen3", stops := tmp_path / "stops", vocab_size=32)
     (stops / "generation_config.json").write_text('{"eos_token_id": [0, 5]}')
+    trainer = recipe.open_trainer(*recipe.parse_flags(flags(tmp_path / "run", "--explorer", stops)))
+    assert {0, 5} <= {*trainer.eos_token_ids} == {*trainer.generation_config.eos_token_id}
+    assert trainer.explore.keywords["stops"] == tuple(trainer.eos_token_ids)
+
+
+def test_what_the_user_can_mend_is_said_in_one_line(flags, tmp_path, monkeypatch, capsys):
+    bad, other = tmp_path / "bad", tmp_path / "other"
     hf_pair("qwen3", other, vocab_size=32)
     (other / "tokenizer.json").write_text((other / "tokenizer.json").read_text().replace('"~"', '"!"'))
     hf_pair("qwen3", bad, vocab_size=32)
@@ -324,8 +331,8 @@ def test_what_the_user_can_mend_is_said_in_one_line(flags, tmp_path, monkeypatch
     (tmp_path / "data.jsonl").write_text('{"question": "1"}')
     (tmp_path / "few.jsonl").write_text('{"question": "1", "answer": "1", "task": "instructed"}')
     for *wrong, complaint in (
-            ("--explorer", stops, "or in stop tokens"), ("--explorer", other, "differ in tokens"),
-            ("--explorer", "no where", "no where cannot be loaded"), ("--explorer", "", "missing"),
+            ("--explorer", other, "differ in tokens"), ("--explorer", "", "missing"),
+            ("--explorer", "no where", "no where cannot be loaded"),
             ("--learner", "no where", "no where cannot be loaded"), ("--learner", bad, "deserializing"),
             ("--data", tmp_path / "none", "no such file"), ("--data", tmp_path / "data.jsonl", "line 1"),
             ("--data", tmp_path / "few.jsonl", "1 problems are left"), ("--max-new-tokens", 60, "0 problems"),
