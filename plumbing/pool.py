@@ -7,7 +7,6 @@ import hashlib
 import json
 import math
 import re
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,25 +21,11 @@ from sample import Rollouts
 def open_pool(args, run):
     """explore(prompts, n, generator) -> Rollouts [P, n] from the file args.explorer. ValueError or OSError if
     it is no pool, or has too little for this run. A resumed run must find the same rollouts and settings."""
-    path, note, theirs = args.explorer, Path(args.explorer + ".settings.json"), run.stops
-    places, digest = index(path)
-    writer, settings, known = "EXPLORER", "", True
-    if note.exists():
-        try:
-            settings = note.read_text()
-            writer, theirs = (json.loads(settings)[key] for key in ("model", "stops"))
-            known = json.loads(settings).get("log_probs", True)
-            if not all(type(i) is int and 0 <= i < run.learner.num_tokens for i in theirs):
-                raise ValueError(f"stops {theirs} are not tokens of the learner")
-        except (ValueError, LookupError, TypeError, RecursionError) as error:
-            raise ValueError(f"{note}: no settings of a pool: {error!r:.200}") from error
-    else:
-        print(f"{path} has no settings beside it, so its stop tokens are taken to be the learner's, {theirs}")
-    if not known and args.off_policy in ("behaviour", "truncated", "geometric"):
+    pool = Pool(args.explorer, run.learner.num_tokens, run.stops)
+    if not pool.has_log_probs and args.off_policy in ("behaviour", "truncated", "geometric"):
         raise ValueError(f"--off-policy {args.off_policy} needs the log-probabilities of the explorer's "
-                         f"tokens, which {path} does not have")
-    run.hashes["explorer"] = hashlib.sha256((digest + settings).encode()).hexdigest()[:16]
-    run.stops = tuple(sorted({*run.stops, *theirs}))  # as in train.open_explorer
+                         f"tokens, which {pool.path} does not have")
+    run.hashes["explorer"], run.stops = pool.hash, pool.stops  # as in train.open_explorer
 
     wanted = {}  # {problem: the most rollouts that a step asks of it}
     for step in range(1, args.steps + 1):
@@ -48,18 +33,76 @@ def open_pool(args, run):
         n, _ = split_group(share, args.group_size)
         for i in batch_of(step, args.prompts_per_step, len(run.problems), args.seed) if n else ():
             wanted[i] = max(n, wanted.get(i, 0))
-    missing = {i: n - len(places.get(key_of(run.prompts[i]), ())) for i, n in wanted.items()}
+    missing = {i: n - pool.count(run.prompts[i]) for i, n in wanted.items()}
     if missing := {i: n for i, n in missing.items() if n > 0}:
         i = min(missing)
-        enough = (f"python -m recipes.pool --model {writer} --data {args.data} --n {max(wanted.values())} "
-                  "--out NEW.jsonl makes enough" if known else "import more texts, or lower --group-size")
+        enough = (f"python -m recipes.pool --model {pool.writer} --data {args.data} --n "
+                  f"{max(wanted.values())} --out NEW.jsonl makes enough" if pool.has_log_probs
+                  else "import more texts, or lower --group-size")
         raise ValueError(
-            f"{path} lacks {sum(missing.values()):,} rollouts of {len(missing):,} prompts, {missing[i]} of "
-            f"{wanted[i]} of {run.problems[i].question[:40]!r} say: {enough}")
-    explore = partial(draw, path, places, run, args.max_new_tokens)
+            f"{pool.path} lacks {sum(missing.values()):,} rollouts of {len(missing):,} prompts, {missing[i]} "
+            f"of {wanted[i]} of {run.problems[i].question[:40]!r} say: {enough}")
+
+    def explore(prompts, n, generator):
+        rollouts = pool.draw(prompts, n, generator, args.max_new_tokens, run.until)
+        return Rollouts(*(x.to(run.learner.head.device) for x in vars(rollouts).values()))
     for i in list(wanted)[:1]:
         explore([run.prompts[i]], 1, torch.Generator())  # what is wrong with all records shows at once
     return explore
+
+
+class Pool:
+    """The rollouts of a file, for a learner of num_tokens tokens that stops at the tokens `stops`. ValueError
+    or OSError if the file is no pool."""
+
+    def __init__(self, path, num_tokens, stops):
+        self.path, self.num_tokens, note = path, num_tokens, Path(f"{path}.settings.json")
+        self.places, digest = index(path)
+        self.writer, self.has_log_probs = "EXPLORER", True
+        settings, theirs = "", stops
+        if note.exists():
+            try:
+                settings = note.read_text()
+                said = json.loads(settings)
+                self.writer, theirs = said["model"], said["stops"]
+                self.has_log_probs = said.get("log_probs", True)
+                if not all(type(i) is int and 0 <= i < num_tokens for i in theirs):
+                    raise ValueError(f"stops {theirs} are not tokens of the learner")
+            except (ValueError, LookupError, TypeError, RecursionError) as error:
+                raise ValueError(f"{note}: no settings of a pool: {error!r:.200}") from error
+        else:
+            print(f"{path} has no settings beside it, so its stop tokens are taken to be the learner's, "
+                  f"{theirs}")
+        self.stops = tuple(sorted({*stops, *theirs}))
+        self.hash = hashlib.sha256((digest + settings).encode()).hexdigest()[:16]
+
+    def count(self, prompt):
+        """How many rollouts of a prompt it has."""
+        return len(self.places.get(key_of(prompt), ()))
+
+    def draw(self, prompts, n, generator, max_new_tokens, until=None):
+        """n different rollouts of each prompt, in the order of the file, cut at max_new_tokens and at a stop
+        text: Rollouts [P, n] on the CPU."""
+        records = []
+        with open(self.path, "rb") as file:
+            for prompt in prompts:
+                if self.count(prompt) < n:
+                    raise OSError(f"{self.path} has {self.count(prompt)} rollouts of a prompt, and {n} are "
+                                  "asked for")
+                chosen = torch.randperm(self.count(prompt), generator=generator)[:n].sort().values
+                for at in (self.places[key_of(prompt)][i] for i in chosen.tolist()):
+                    file.seek(at)
+                    try:
+                        records.append(read(file.readline(), prompt, self.num_tokens, self.stops))
+                    except (ValueError, KeyError, TypeError, RecursionError) as error:
+                        raise OSError(f"{self.path}, byte {at}: no rollout to use: {error!r:.200}") from error
+        lengths = torch.tensor([min(len(ids), max_new_tokens) for ids, _ in records])
+        finished = torch.tensor([ids[:max_new_tokens][-1] in self.stops for ids, _ in records])
+        ids, logps = (pad_sequence([torch.tensor(row[:max_new_tokens]) for row in rows], batch_first=True)
+                      for rows in zip(*records))  # [P*n, T] each
+        fields = ids, lengths, logps, finished, torch.zeros_like(finished)
+        rollouts = Rollouts(*(x.unflatten(0, (len(prompts), n)) for x in fields))
+        return cut(rollouts, until) if until else rollouts
 
 
 def key_of(prompt):
@@ -81,30 +124,6 @@ def index(path):
             place += len(line)
             digest.update(line)
     return places, digest.hexdigest()
-
-
-def draw(path, places, run, max_new_tokens, prompts, n, generator):
-    """n different rollouts of each prompt, in the order of the file, cut at max_new_tokens."""
-    records = []
-    with open(path, "rb") as file:
-        for prompt in prompts:
-            there = places.get(key_of(prompt), ())
-            if len(there) < n:
-                raise OSError(f"{path} has {len(there)} rollouts of a prompt, and {n} are asked for")
-            for i in torch.randperm(len(there), generator=generator)[:n].sort().values.tolist():
-                file.seek(there[i])
-                try:
-                    records.append(read(file.readline(), prompt, run.learner.num_tokens, run.stops))
-                except (ValueError, KeyError, TypeError, RecursionError) as error:
-                    raise OSError(f"{path}, byte {there[i]}: no rollout to use: {error!r:.200}") from error
-    lengths = torch.tensor([min(len(ids), max_new_tokens) for ids, _ in records])
-    finished = torch.tensor([ids[:max_new_tokens][-1] in run.stops for ids, _ in records])
-    ids, logps = (pad_sequence([torch.tensor(row[:max_new_tokens]) for row in rows], batch_first=True)
-                  for rows in zip(*records))  # [P*n, T] each
-    fields = ids, lengths, logps, finished, torch.zeros_like(finished)
-    rollouts = Rollouts(*(x.unflatten(0, (len(prompts), n)) for x in fields))
-    rollouts = cut(rollouts, run.until) if run.until else rollouts
-    return Rollouts(*(x.to(run.learner.head.device) for x in vars(rollouts).values()))
 
 
 def read(line, prompt, num_tokens, stops):

@@ -101,8 +101,8 @@ def record(prompt, ids, logps):
 @pytest.fixture
 def stock(tmp_path):
     """(path, draw): a pool of 8 rollouts, of 2 to 9 tokens, of each of two prompts."""
-    run, path = SimpleNamespace(learner=tiny_model(), stops=(0, 2), until=None), tmp_path / "pool.jsonl"
-    draw = lambda *asked, seed=0: reader.draw(path, reader.index(path)[0], run, 6, *asked, seeded(seed))
+    path = tmp_path / "pool.jsonl"
+    draw = lambda *asked, seed=0: reader.Pool(path, 20, (0, 2)).draw(*asked, seeded(seed), 6)
     path.write_text("".join(record(prompt, [3 + i, *[5] * i, 0], [-1.0] * (i + 2))
                             for i in range(8) for prompt in ([1, 2], [12])))
     return path, draw

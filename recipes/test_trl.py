@@ -322,6 +322,24 @@ def test_both_models_stop_at_the_stop_tokens_of_either(flags, tmp_path):
     assert trainer.explore.keywords["stops"] == tuple(trainer.eos_token_ids)
 
 
+def test_a_pool_explores_and_a_stop_text_ends_whoever_wrote_it(flags, tmp_path, capsys):
+    """TRL has no place for generations made elsewhere within a group, and trains on what follows a text."""
+    problems, tokenizer = load_problems(flags(tmp_path)[5]), load(flags(tmp_path)[1])[1]
+    record = lambda problem, i: json.dumps({"prompt_ids": tokenizer(problem.question).input_ids,
+                                            "response_ids": tokenizer(f"{i}9{i}").input_ids + [0],
+                                            "small_model_log_probs": None}) + "\n"
+    pool = tmp_path / "pool.jsonl"
+    pool.write_text("".join(record(problem, i) for problem in problems[3:] for i in range(G)))
+    _, rounds = train(flags(tmp_path / "run", "--explorer", pool, "--stop", "9"))
+    assert "3 of 40 problems left out" in capsys.readouterr().out  # the pool has none of theirs
+    first, second, *_ = rounds
+    said = [tokenizer.decode(row) for _, row in first["group"]]
+    assert said == [f"{i}9" for _ in range(P) for i in range(G)]  # all by the pool, all cut behind the 9
+    written = [tokenizer.decode(row) for _, row in second["learner"]]
+    kept = [tokenizer.decode(row) for i, (_, row) in enumerate(second["group"]) if i % G >= 3]
+    assert kept == [re.match("[^9]*9?", text)[0] for text in written] != written
+
+
 def test_what_the_user_can_mend_is_said_in_one_line(flags, tmp_path, monkeypatch, capsys):
     bad, other = tmp_path / "bad", tmp_path / "other"
     hf_pair("qwen3", other, vocab_size=32)

@@ -14,8 +14,9 @@ The hook is a private method, whose arguments have changed before; so have those
 What differs from train.py, beside DEFAULTS:
     advantages    over std + 1e-4, not 1e-6: at most 4e-4 less, if G = 16. dr_grpo: add --scale_rewards none
     mini-batches  are cut between a process's rows, not between groups; `dapo` divides by their mean tokens
-    data          in another order; problems that do not fill a last step are left out
-    explorer      a model, not a pool; a copy in each process
+    explorer      a copy in each process
+    data          in another order; problems that do not fill a last step are left out, as are those of which
+                  a pool has fewer than --group-size rollouts
 """
 import json
 import os
@@ -28,9 +29,10 @@ import torch
 from anneal import explorer_share, split_group
 from plumbing.checkpoint import load
 from plumbing.files import write_whole
+from plumbing.pool import Pool
 from plumbing.problems import load_problems
 from plumbing.terminal import fail, one_line
-from plumbing.text import turn_ends
+from plumbing.text import stop_texts, turn_ends
 from reward import Problem, score
 from sample import sample
 
@@ -62,13 +64,18 @@ DEFAULTS = {                          # TRL's:
 
 class S2LPOTrainer(GRPOTrainer):
     """Algorithm 1. explore(prompts, n, generator) writes the explorer's rollouts; without it, plain GRPO."""
-    explore, mix_steps, n_explorer = None, 1, 0
+    explore, mix_steps, n_explorer, until = None, 1, 0, None
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, **more):
         """(responses, log-probs or None) to prompt_ids, P prompts G times each. A process holds whole groups,
         so that all split alike: under FSDP or ZeRO-3 one that skips `write` alone hangs the others."""
         generate = super()._generate_single_turn
-        write = lambda rows, n: generate(rows, images, multimodal_fields, n, **more)
+
+        def write(rows, n):
+            rows, logps = generate(rows, images, multimodal_fields, n, **more)
+            ends = [self.until(row) if self.until else None for row in rows]    # where it says a --stop text
+            return [row[:end] for row, end in zip(rows, ends)], logps and [
+                row[:end] for row, end in zip(logps, ends)]
         G, prompts, P = num_generations, prompt_ids[::num_generations], len(prompt_ids) // num_generations
 
         # 1. Who writes how much of each group. An evaluation is of the learner alone
@@ -104,29 +111,37 @@ def open_trainer(args, config):
     except Exception as error:  # a broken file makes transformers raise whatever it likes
         raise ValueError(f"model {args.learner} cannot be loaded: {error}") from error
     context = min(context, config.vllm_max_model_length or context)
-    if args.explorer != "none":
+    ends, pool = {*turn_ends(tokenizer), tokenizer.eos_token_id} - {None}, None
+    if args.explorer.endswith(".jsonl"):
+        pool = Pool(args.explorer, len(tokenizer), ends)
+        ends = {*pool.stops}
+    elif args.explorer != "none":
         dtype = torch.bfloat16 if config.bf16 else torch.float32
         explorer, theirs, stops = load(args.explorer, config.device, dtype)
-        context = min(context, explorer.config.max_position_embeddings)
+        context, ends = min(context, explorer.config.max_position_embeddings), ends | {*stops}
+        if theirs.get_vocab() != tokenizer.get_vocab():
+            raise ValueError("learner and explorer differ in tokens")
 
     options = {"add_generation_prompt": True, "return_dict": False} | (config.chat_template_kwargs or {})
 
-    def row(problem):  # as plumbing/text.py puts a prompt, in tokens as TRL makes them; None if too long
+    def row(problem, pool):  # as plumbing/text.py puts a prompt, in tokens as TRL makes them; None: unusable
         chat, prompt = problem.in_words and tokenizer.chat_template, problem.prompt
         prompt = [{"role": "user", "content": prompt.rstrip("\n")}] if chat else prompt
         ids = tokenizer.apply_chat_template(prompt, **options) if chat else tokenizer(prompt).input_ids
-        if len(ids) + config.max_completion_length <= context:
+        enough = pool is None or pool.count(ids) >= config.num_generations
+        if enough and len(ids) + config.max_completion_length <= context:
             return vars(problem) | {"prompt": prompt, "extra": json.dumps(problem.extra)}  # of one type
 
-    def rows(path, least):
+    def rows(path, least, pool=None):
         every = load_problems(path)
-        short = list(filter(None, map(row, every)))  # a longer one would end the run in its step
-        if len(short) < len(every):
-            print(f"{path}: {len(every) - len(short):,} of {len(every):,} problems left out: too long for a "
-                  f"context of {context} tokens with --max-new-tokens {config.max_completion_length}")
-        if len(short) < least:
-            raise ValueError(f"{path}: {len(short)} problems are left, but a step needs {least}")
-        return Dataset.from_list(short)
+        fit = [fit for problem in every if (fit := row(problem, pool))]  # another would end the run later
+        if len(fit) < len(every):
+            few = f", or {pool.path} has fewer than {config.num_generations} rollouts of them" if pool else ""
+            print(f"{path}: {len(every) - len(fit):,} of {len(every):,} problems left out: too long for a "
+                  f"context of {context} tokens with --max-new-tokens {config.max_completion_length}{few}")
+        if len(fit) < least:
+            raise ValueError(f"{path}: {len(fit)} problems are left, but a step needs {least}")
+        return Dataset.from_list(fit)
 
     def reward(completion_ids, question, answer, task, extra, log_metric, **rest):
         texts = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
@@ -139,24 +154,24 @@ def open_trainer(args, config):
                 log_metric(f"reward_{who}", sum(part) / len(part))
         return rewards
 
-    problems, held_out = rows(args.data, args.prompts_per_step), args.eval_data and rows(args.eval_data, 1)
+    problems = rows(args.data, args.prompts_per_step, pool)
+    held_out = args.eval_data and rows(args.eval_data, 1)
     trainer = S2LPOTrainer(args.learner, reward, config, problems, held_out or None, tokenizer)
-    trainer.mix_steps = args.mix_steps
-    ends = {*trainer.eos_token_ids, *turn_ends(tokenizer)}  # where a chat template ends a turn, too
-    if args.explorer != "none":
-        if theirs.get_vocab() != tokenizer.get_vocab():
-            raise ValueError("learner and explorer differ in tokens")
-        ends |= {*stops}
+    trainer.mix_steps, trainer.until = args.mix_steps, stop_texts(args.stop, tokenizer)
+    ends |= {*trainer.eos_token_ids}
     if config.use_vllm and ends != {*trainer.eos_token_ids}:
         raise ValueError(f"vLLM stops at {trainer.eos_token_ids}, and it should at {sorted(ends)}: put these "
                          "into the learner's generation_config.json")
     trainer.eos_token_ids = sorted(ends)
     if not config.use_vllm:
         trainer.generation_config.eos_token_id = sorted(ends)
-    if args.explorer != "none":
-        trainer.explore = partial(sample, explorer.requires_grad_(False), rows=args.rollout_rows,
-                                  max_new_tokens=config.max_completion_length, stops=tuple(sorted(ends)),
-                                  temperature=args.explorer_temperature, top_p=args.explorer_top_p)
+    limits = dict(max_new_tokens=config.max_completion_length, until=trainer.until)
+    if pool:
+        pool.stops, trainer.explore = ends, partial(pool.draw, **limits)
+    elif args.explorer != "none":
+        trainer.explore = partial(sample, explorer.requires_grad_(False), rows=args.rollout_rows, **limits,
+                                  stops=tuple(sorted(ends)), temperature=args.explorer_temperature,
+                                  top_p=args.explorer_top_p)
 
     trainer.accelerator.wait_for_everyone()  # until each process has looked whether there is a run
     if config.should_save:
@@ -174,6 +189,7 @@ def parse_flags(argv):
     add = parser.add_argument_group("S2L-PO, as in train.py").add_argument
     for name, default in FLAGS.items():
         add(name, type=type(default), default=default)
+    add("--stop", nargs="+", default=[])
     add("--resume", action="store_true")
     parser.set_defaults(**DEFAULTS)
     parse = lambda: parser.parse_args([NAMES.get(word, word) for word in argv])
