@@ -25,10 +25,10 @@ from tqdm import tqdm
 
 from plumbing.answers import after_thought
 from plumbing.checkpoint import fingerprint
-from plumbing.files import whole_lines
+from plumbing.files import made_once
 from plumbing.pictures import new_figure, plot_curves
 from plumbing.problems import load_problems, scorer_hash
-from plumbing.survival import load_any
+from plumbing.survival import load_any, run_of
 from plumbing.terminal import one_line, pick_device
 from plumbing.text import decode, encode_all, stop_texts
 from reward import Score, score
@@ -130,9 +130,10 @@ def parse_flags():
     parser = argparse.ArgumentParser(description="pass@k of one or several models on the same problems.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    needed = dict(required=True, default=argparse.SUPPRESS)  # --help then names no default
-    add("--model", nargs="+", **needed, help="checkpoint directories, hub names, runs of train.py, their .pt")
-    add("--data", nargs="+", **needed, help="problems: JSONL files as train.py's --data")
+    add("--model", nargs="+", required=True, default=argparse.SUPPRESS,  # --help then names no default
+        help="checkpoint directories, hub names, runs of train.py, their .pt. The first's run, if it is one, "
+             "says --data (its held-out problems), --max-new-tokens, --stop, --thinking (flags win)")
+    add("--data", nargs="+", default=argparse.SUPPRESS, help="problems: JSONL files as train.py's --data")
     add("--problems", type=int, default=10 ** 9, help="use the first so many problems of each")
     add("--n", type=int, default=64, help="rollouts per problem")
     add("--mode", choices=MODES, help="the paper's settings of an evaluation; flags that are given win")
@@ -149,32 +150,29 @@ def parse_flags():
     add("--device", default="auto", help="auto: cuda, then mps, then cpu")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and activations")
     add("--out", default=time.strftime("runs/eval-%Y%m%d-%H%M%S"), help="directory of results and picture")
-    parser.set_defaults(**MODES.get(parser.parse_args().mode, {}))  # flags that are given win
-    return parser.parse_args()
+    args = parser.parse_args()
+    _, run = run_of(args.model[0])
+    own = {name: run[name] for name in ("max_new_tokens", "stop", "thinking") if name in run}
+    own |= {"data": [run["eval_data"]]} if run.get("eval_data") else {}
+    parser.set_defaults(**own | MODES.get(args.mode, {}))  # flags that are given win
+    args = parser.parse_args()
+    if "data" not in args:
+        parser.error("--data is missing: the problems")
+    return args
 
 
 def result_of(write, tokenizer, problems, prompts, settings, path, about):
-    """`evaluate`'s result of one model on one data set. The file `path` keeps it: a line that says what it is
-    about, then one for each 16 problems, which have random numbers of their own. What is there is not run
-    again."""
-    _, *batches = whole_lines(path) or append(path, about)
-    seconds = 0.1 if sys.stderr.isatty() else 30  # in a log, a line is a line
-    starts = range(0, len(problems), 16)
-    for start in tqdm(starts[len(batches):], desc=about["data"], unit="batch", mininterval=seconds):
+    """`evaluate`'s result of one model on one data set, 16 problems at a time, which have random numbers of
+    their own. The file `path` keeps them, so that a killed evaluation goes on."""
+    def batch(start):
         random = torch.Generator().manual_seed((settings["seed"] * 1_000_003 + start) % 2 ** 63)
         part = slice(start, start + 16)
-        found = evaluate(write, tokenizer, problems[part], prompts[part], settings["n"], random,
-                         VERIFIERS[settings["verifier"]])
-        batches += append(path, found)
-    batches = list(map(json.loads, batches))
-    return {key: sum((batch[key] for batch in batches), []) for key in batches[0]}
-
-
-def append(path, record):
-    """Writes a line of JSON to the end of a file, and returns [the line]."""
-    with open(path, "a") as file:
-        file.write(json.dumps(record) + "\n")
-    return [json.dumps(record)]
+        return evaluate(write, tokenizer, problems[part], prompts[part], settings["n"], random,
+                        VERIFIERS[settings["verifier"]])
+    starts, seconds = range(0, len(problems), 16), 0.1 if sys.stderr.isatty() else 30  # in a log
+    found = list(tqdm(made_once(path, about, starts, batch), about["data"], len(starts), unit="batch",
+                      mininterval=seconds))
+    return {key: sum((batch[key] for batch in found), []) for key in found[0]}
 
 
 def report(results, problems, ks, n):
@@ -202,8 +200,8 @@ def report(results, problems, ks, n):
 
 
 def main():
-    args = parse_flags()
     with one_line("eval.py"):
+        args = parse_flags()
         if args.n < 1 or args.problems < 1:
             raise ValueError("--n and --problems start at 1")
         if args.verifier == "math-verify" and not importlib.util.find_spec("math_verify"):

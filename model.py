@@ -102,7 +102,7 @@ def attend(q, k, v, mask=None):
     """Attention [B, H, T, h] of queries q [B, H, T, h] over keys and values [B, K, S, h]. Query heads that
     share a key head are folded into the query axis: mask [B, 1, H/K*T, S], 0 or -inf, says what each may see
     (its third dimension may be 1). None: itself and all before it, S = T."""
-    if mask is None and (q.device.type == "cpu" or q.is_cuda and q.dtype != torch.float32):
+    if mask is None and q.device.type != "mps" and not (q.is_cuda and q.dtype == torch.float32):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     if mask is None:  # CUDA has no kernel for this in float32, and MPS's is reported to see what comes later
         mask = q.new_full((q.shape[2], q.shape[2]), -torch.inf).triu(1).repeat(q.shape[1] // k.shape[1], 1)

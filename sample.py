@@ -75,7 +75,8 @@ def draw(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
     """(token, its log-prob) per row, from logits [R, V] and one uniform number in [0, 1) per row.
 
     Inverse-CDF sampling: one number a row instead of V, and a row's draws do not depend on which rows are
-    beside it. Temperature 0 takes the most likely token, whose log-prob under that one-point distribution is
+    beside it. Its 24 bits never reach the rarest of 152,000 tokens, 1e-4 to 5e-4 of the mass together (for
+    normal logits). Temperature 0 takes the likeliest token: under that one-point distribution its log-prob is
     0."""
     if temperature == 0:
         return logits.argmax(-1), logits.new_zeros(len(logits))

@@ -1,4 +1,5 @@
 """Files that hold all of what was written to them, or what they held before, whatever happens."""
+import json
 import os
 
 
@@ -19,3 +20,18 @@ def whole_lines(path):
     if whole != text:
         write_whole(path, lambda file: file.write(whole))
     return whole.decode().split("\n")[:-1]
+
+
+def made_once(path, about, items, make):
+    """[make(item)] of each item, in JSON. The file `path` keeps them: a line that says what it is about, then
+    one for each item. What is there is not made again. A generator, so that a progress bar can count them."""
+    _, *there = whole_lines(path) or append(path, about)
+    for i, item in enumerate(items):
+        yield json.loads(there[i] if i < len(there) else append(path, make(item))[0])
+
+
+def append(path, record):
+    """Writes a line of JSON to the end of a file, and returns [the line]."""
+    with open(path, "a") as file:
+        file.write(json.dumps(record) + "\n")
+    return [json.dumps(record)]

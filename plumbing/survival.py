@@ -119,12 +119,19 @@ def restore(run, out):
     print(f"resumed   after step {last_step(run)}")
 
 
+def run_of(source):
+    """(directory, settings) of the run that `source` is, or a checkpoint of; the settings of anything else
+    are {}."""
+    out = Path(source).parent if str(source).endswith(".pt") else Path(source)
+    settings = settings_of(out)
+    return out, settings if "learner" in settings else {}
+
+
 def load_any(source, device="cpu", dtype=torch.float32):
     """(model, tokenizer, stops) of a checkpoint, as `load`; of a run's directory, as its newest checkpoint
     left the learner; or of one of its checkpoints, runs/x/checkpoint_000020.pt."""
-    path = Path(source)
-    out = path.parent if path.suffix == ".pt" else path
-    if "learner" not in (settings := settings_of(out)):
+    path, (out, settings) = Path(source), run_of(source)
+    if not settings:
         return load(source, device, dtype)
     file = path if path.suffix == ".pt" else next(iter(checkpoints(out)), out / "checkpoint")
     if not file.is_file():

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 
+import eval as evaluation
 import reward
 import sample as sampling
 import train as training
@@ -850,3 +851,18 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(family, tmp_path):
     best = torch.load(out / "best.pt", weights_only=True)["history"][-1]["step"]
     assert at_1[best] == max(at_1[1:])
     assert len(list(out.glob("checkpoint_*.pt"))) == 2
+
+
+def test_a_run_says_itself_how_it_is_evaluated(family, tmp_path, monkeypatch, capsys):
+    """Typed again, a stop text is forgotten, and the run looks worse than it is."""
+    train_here(family, tmp_path / "run", "--stop", "7", "--steps", 1, "--max-new-tokens", 3)
+    def parsed(*flags):
+        monkeypatch.setattr(sys, "argv", ["eval.py", "--model", *map(str, flags)])
+        args = evaluation.parse_flags()
+        return args.data, args.max_new_tokens, args.stop
+    own = [str(family / "heldout.jsonl")], 3, ["7"]
+    assert parsed(tmp_path / "run") == parsed(next((tmp_path / "run").glob("*.pt"))) == own
+    assert parsed(tmp_path / "run", "--max-new-tokens", 5, "--data", "x") == (["x"], 5, ["7"])
+    with pytest.raises(SystemExit, match="2"):
+        parsed(family / "learner")
+    assert "--data is missing" in capsys.readouterr().err

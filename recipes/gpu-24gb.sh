@@ -1,6 +1,6 @@
 #!/bin/sh
 # One 24 GB card: Qwen3-0.6B-Base explores for Qwen3-1.7B-Base on GSM8K, with LoRA.
-# Memory (estimated, recipes/plan.py): 10.2 GiB while sampling, 7.1 GiB in the update. Time (estimated from
+# Memory (estimated, recipes/plan.py): 10.8 GiB while sampling, 7.7 GiB in the update. Time (estimated from
 # its FLOPs at a third of an RTX 4090's peak, and 20 ms a decoding step): 1.4 minutes a step, 2.4 hours a run.
 # Result: not measured.
 set -e

@@ -1,7 +1,7 @@
 #!/bin/sh
 # One 80 GB card: Qwen3-1.7B-Base explores for Qwen3-4B-Base on DAPO-Math-17k, with LoRA.
-# Memory (estimated, recipes/plan.py): 36 GiB while sampling, 16 GiB in the update; an 8B learner 45 and 26.
-# All of the 4B's weights do not fit: 80 and 82 GiB, since AdamW's moments are float32. Time (estimated, a
+# Memory (estimated, recipes/plan.py): 37 GiB while sampling, 17 GiB in the update; an 8B learner 45 and 27.
+# All of the 4B's weights do not fit: 80 and 83 GiB, since AdamW's moments are float32. Time (estimated, a
 # third of an H100's peak and 30 ms a decoding step): 3 minutes a step, 5 hours a run. Result: not measured.
 set -e
 mkdir -p data

@@ -4,8 +4,8 @@
 # rollouts are sampled ahead, by as many machines as there are shards. --loss dapo: the authors' script leaves
 # verl's default, where every token weighs the same. `-m recipes.separate` in the place of train.py makes that
 # script's two updates a step.
-# Not the paper's: LoRA, at ten times its learning rate. Memory (estimated, recipes/plan.py): 57 GiB while
-# sampling, 23 GiB in the update. All weights, as in the paper, take 173 GiB in the update, 158 without the
+# Not the paper's: LoRA, at ten times its learning rate. Memory (estimated, recipes/plan.py): 58 GiB while
+# sampling, 24 GiB in the update. All weights, as in the paper, take 174 GiB in the update, 159 without the
 # KL's reference: no card of 141 GB holds that, since AdamW's moments are float32. Time (estimated, 40% of an
 # H100's peak and 35 ms a decoding step): 8 days. Result: not measured.
 set -e

@@ -24,6 +24,8 @@ from plumbing.optimizer import micro_batches
 from plumbing.terminal import one_line
 from sample import KVCache
 
+CONTEXT = 0.6 * 2 ** 30  # bytes that a GPU's driver, kernels and libraries take (not measured)
+
 
 def size(tensors):
     """Bytes of the distinct storages behind these tensors."""
@@ -77,6 +79,10 @@ def update_memory(args, learner, groups, rows, L):
     kernel = rows * T * (D * (itemsize + 4) + chunk * (itemsize + 3 * 4))
     kernel += V * D * itemsize if learner.embed_tokens.weight.requires_grad else 0
     layer = tokens * (4 * c.intermediate_size + 4 * D) * itemsize
+    if learner.embed_tokens.weight.requires_grad:  # the head's gradient waits for the embedding's
+        layer += tokens * D * 4 + V * D * itemsize * c.tie_word_embeddings
+    if args.device != "cpu" and itemsize == 4:  # model.attend makes a prompt's mask there, in each layer
+        kept += layers * c.num_attention_heads // c.num_key_value_heads * L ** 2 * itemsize
     if args.checkpoint_layers:  # the layers' inputs, and one layer's inside at a time
         layer += (kept - mask) // layers
         kept = mask + cache + tokens * D * itemsize * layers
@@ -94,7 +100,8 @@ def plan(args, L):
     live = args.explorer != "none" and not args.explorer.endswith(".jsonl")
     explorer = empty_model(args.explorer, dtype) if live else None
     trained = sum(p.numel() for p in learner.parameters() if p.requires_grad)
-    held = {"learner": size(learner.parameters()), "explorer": size(explorer.parameters()) if live else 0,
+    held = {"CUDA's context and workspaces": 0 if args.device == "cpu" else CONTEXT,
+            "learner": size(learner.parameters()), "explorer": size(explorer.parameters()) if live else 0,
             "reference (KL)": size(learner.parameters()) if args.kl_coef and not args.lora_rank else 0,
             "AdamW's moments": 8 * trained, "master weights": 4 * trained if dtype.itemsize < 4 else 0}
 
