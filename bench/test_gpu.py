@@ -343,7 +343,7 @@ def test_what_was_sampled_can_be_trained_on():
 
 
 def test_what_was_decided_about_cudas_arithmetic():
-    """Each is a line in plumbing/survival.py that another library, or a default, could undo unseen."""
+    """Each is a line in plumbing/terminal.py that another library, or a default, could undo unseen."""
     cuda = torch.backends.cuda
     assert not cuda.cudnn_sdp_enabled() and not cuda.matmul.allow_tf32
     assert not cuda.matmul.allow_bf16_reduced_precision_reduction
