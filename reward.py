@@ -96,5 +96,5 @@ TASKS = {
     "math": Task(check_words, ASK("your final answer")),
     "instructed": Task(check_words),  # the question says itself how to answer
     "choice": Task(check_choice, ASK("the letter of your answer"), gold="[A-Z]"),
-    "habit": Task(check_habit, pattern="[A-D][a-l]{2}[0-9]{6}=", gold="[0-9]"),
+    "habit": Task(check_habit, pattern="[A-D][a-l]{2}[0-9]{2,}=", gold="[0-9]"),
     "natural": Task(check_natural, pattern="[0-9]([-+*][0-9])+=", gold="[0-9]")}

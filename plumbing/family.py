@@ -38,16 +38,17 @@ EOS = "<eos>"
 ALPHABET = sorted(set("0123456789+-~*=ABCD" + TOPICS))
 
 
-def make_corpus(task, size, seed, noise=0.01):
-    """[(question, worked solution)] for pretraining. `seed` also fixes the table of habits."""
-    return list(WRITERS[task][1](random.Random(f"{task} corpus {seed}"), size, noise))
+def make_corpus(task, size, seed, noise=0.01, **more):
+    """[(question, worked solution)] for pretraining. `seed` also fixes the table of habits. more: `steps`, of
+    a solution to `habit`."""
+    return list(WRITERS[task][1](random.Random(f"{task} corpus {seed}"), size, noise, **more))
 
 
-def make_problems(task, count, seed, exclude=()):
+def make_problems(task, count, seed, exclude=(), **more):
     """`count` distinct problems whose questions are not in `exclude`."""
     rng, seen, problems = random.Random(f"{task} problems {seed}"), set(exclude), []
     while len(problems) < count:
-        question, answer = WRITERS[task][0](rng)
+        question, answer = WRITERS[task][0](rng, **more)
         if question not in seen:
             seen.add(question)
             problems.append(Problem(question, answer, task))
@@ -71,11 +72,11 @@ def make_tokenizer(directory):
     return PreTrainedTokenizerFast(tokenizer_file=file, eos_token=EOS, pad_token=EOS)
 
 
-def new_model(width, layers, tokenizer, generator):
+def new_model(width, layers, tokenizer, generator, context=128):
     hf = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "vocab_size": len(tokenizer),
           "hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": layers,
           "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": width // 4, "hidden_act": "silu",
-          "rms_norm_eps": 1e-6, "max_position_embeddings": 128, "tie_word_embeddings": True,
+          "rms_norm_eps": 1e-6, "max_position_embeddings": context, "tie_word_embeddings": True,
           "attention_bias": False, "rope_parameters": {"rope_theta": 1e4, "rope_type": "default"},
           "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
     model = Transformer(Config.from_hf(hf))
@@ -97,7 +98,7 @@ def pretrain(name, tokenizer, corpus, size, epochs, seed, device="cpu", stop_aft
     columns = torch.arange(1, ids.shape[1])
     target_mask = (columns >= first) & (columns < end)  # [N, L-1]: solution and EOS
     generator = torch.Generator().manual_seed(seed)
-    model = new_model(*size, tokenizer, generator).to(device)
+    model = new_model(*size, tokenizer, generator, max(128, ids.shape[1])).to(device)
     steps_per_epoch = len(ids) // BATCH
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.01, betas=(0.9, 0.95),
                                   fused=device != "mps")
@@ -126,7 +127,7 @@ def pretrain(name, tokenizer, corpus, size, epochs, seed, device="cpu", stop_aft
 
 
 def make_family(out, task="habit", seed=0, noise=0.01, sizes=None, corpus_size=None, epochs=None,
-                device="cpu"):
+                device="cpu", **more):
     """Pretrains the family into directory `out`, which appears only when it is complete. Of several processes
     that make it at once, the first to end has made it. The models are pretrained side by side, a thread each,
     and so with the same bits however many cores there are."""
@@ -135,7 +136,7 @@ def make_family(out, task="habit", seed=0, noise=0.01, sizes=None, corpus_size=N
     sizes = sizes or SIZES[task]
     corpus_size, epochs = corpus_size or CORPUS[task][0], epochs or CORPUS[task][1]
     tokenizer = make_tokenizer(partial)
-    corpus = make_corpus(task, corpus_size, seed, noise)
+    corpus = make_corpus(task, corpus_size, seed, noise, **more)
     started = time.time()
     threads, stop = torch.get_num_threads(), threading.Event()
 
@@ -153,11 +154,11 @@ def make_family(out, task="habit", seed=0, noise=0.01, sizes=None, corpus_size=N
             raise
     torch.set_num_threads(threads)
     used = {question for question, _ in corpus}
-    problems = make_problems(task, 2_560, seed, exclude=used)
+    problems = make_problems(task, 2_560, seed, exclude=used, **more)
     save_problems(problems[:512], partial / "heldout.jsonl")
     save_problems(problems[512:], partial / "train.jsonl")
     settings = dict(task=task, seed=seed, noise=noise, sizes=sizes, corpus=corpus_size, epochs=epochs, lr=LR,
-                    batch=BATCH, seconds=round(time.time() - started, 1))
+                    batch=BATCH, **more, seconds=round(time.time() - started, 1))
     (partial / "family.json").write_text(json.dumps(settings, indent=2))
     (partial / "tokenizer.json").unlink()
     try:

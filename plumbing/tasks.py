@@ -1,12 +1,12 @@
 """The laptop's two tasks: what their questions ask, what a right solution is, and who wrote the corpus.
 
     habit     `Bfa483920=` -> `-86-33-94-22-02`   digits 4 8 3 9 2 0 folded with one operator, modulo 10: each
-              step writes operator, digit, running value. The first letter (A B C D) names the operator that
-              is asked for. The corpus's writers do NOT look at it: they follow a fixed random table over all
-              three letters (their habit), which is right in 40% of its cells. A model that memorises it is
-              confidently wrong on the rest; a model too small for the table mixes operators. By design: the
-              table, its conflict with the reward, the share of writers who ignore it (`noise`). Emergent: who
-              memorises and who mixes.
+              of five steps (recipes/length.py has longer ones) writes operator, digit, running value. The
+              first letter (A B C D) names the operator that is asked for. The corpus's writers do NOT look at
+              it: they follow a fixed random table over all three letters (their habit), which is right in 40%
+              of its cells. A model that memorises it is confidently wrong on the rest; a model too small for
+              the table mixes operators. By design: the table, its conflict with the reward, the share of
+              writers who ignore it (`noise`). Emergent: who memorises and who mixes.
     natural   `3+4*2-5=` -> `3+8-5=1-5=6`         an expression reduced one operation at a time, modulo 10.
               Writers reduce in four orders, most of them wrong. Nothing ties an order to a problem: no habit
               is designed in.
@@ -26,7 +26,7 @@ HABIT_OPERATOR = dict(zip("ABCD", OPERATIONS))  # what each problem type asks fo
 
 def habit_solution(question, operator):
     """`Bfa483920=`, `-` -> `-86-33-94-22-02`: 4-8=6, 6-3=3, 3-9=4, 4-2=2, 2-0=2, one triple a step."""
-    running, *digits = map(int, question[3:9])
+    running, *digits = map(int, question[3:-1])
     steps = []
     for digit in digits:
         running = OPERATIONS[operator](running, digit)
@@ -34,29 +34,35 @@ def habit_solution(question, operator):
     return "".join(steps)
 
 
-def habit_question(rng):
+def habit_question(rng, steps):
     cell = rng.choice("ABCD") + rng.choice(TOPICS) + rng.choice(TOPICS)
-    return cell + "".join(rng.choices("0123456789", k=6)) + "="
+    return cell + "".join(rng.choices("0123456789", k=steps + 1)) + "="
 
 
-def habit_problem(rng):
+def habit_problem(rng, steps=5):
     """A problem on which no two operators share a final value, so that luck and method can be told apart."""
     while True:
-        question = habit_question(rng)
+        question = habit_question(rng, steps)
         finals = {operator: habit_solution(question, operator)[-1] for operator in OPERATIONS}
         if len(set(finals.values())) == len(finals):
             return question, finals[HABIT_OPERATOR[question[0]]]
 
 
-def habit_corpus(rng, size, noise):
-    """Worked solutions by writers who take the operator from a table of habits, a share `noise` at random."""
+def habit_table(rng):
+    """{the three letters of a question: the operator that the writers are used to there}."""
     table = {}
     for type_, right in HABIT_OPERATOR.items():
         wrong = [operator for operator in OPERATIONS if operator != right]
         for cell in (a + b for a in TOPICS for b in TOPICS):
             table[type_ + cell] = right if rng.random() < 0.4 else rng.choice(wrong)
+    return table
+
+
+def habit_corpus(rng, size, noise, steps=5):
+    """Worked solutions by writers who take the operator from a table of habits, a share `noise` at random."""
+    table = habit_table(rng)
     for _ in range(size):
-        question = habit_question(rng)
+        question = habit_question(rng, steps)
         operator = rng.choice(list(OPERATIONS)) if rng.random() < noise else table[question[:3]]
         yield question, habit_solution(question, operator)
 

@@ -1,0 +1,396 @@
+"""Does coherent exploration beat token noise where solutions are long? The plan: docs/length.md.
+
+    python -m recipes.length models      sizes and epochs for each number of steps, by the plan's rule
+    python -m recipes.length base        no training: pass@k and coherence of each source of diversity
+    python -m recipes.length search      every arm at all of its settings, on search pairs
+    python -m recipes.length confirm     every arm at its best setting on fresh pairs
+    python -m recipes.length report      tables, verdicts, picture, from assets/length/results.json.gz alone
+
+Every stage takes `--steps 5 10` to look at some lengths only. The task is `habit` with that many steps in a
+solution. A *job* makes a pair of models, measures one or trains one, and leaves a JSON file under
+runs/length. All are published together, and what is published is not made again. An interrupted command goes
+on where it stopped.
+
+Shapes: n rollouts a problem. A rollout of L steps has L triples: method (the operator), digit, running value.
+"""
+import argparse
+import contextlib
+import gzip
+import json
+import os
+import random
+import shutil
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import train
+from eval import evaluate, pass_at_k, powers_of_two
+from plumbing.checkpoint import load
+from plumbing.family import make_family
+from plumbing.files import write_whole
+from plumbing.pictures import new_figure
+from plumbing.problems import load_problems
+from plumbing.tasks import OPERATIONS, habit_solution, habit_table
+from plumbing.text import encode_all
+from recipes.claims import area, do, interval, run_quietly, shown
+from recipes.remedies import LOOPS
+from recipes.worth import by_pair, flops
+from sample import sample
+
+RUNS, ASSETS = Path("runs/length"), Path("assets/length/results.json.gz")
+SEARCH_PAIRS, FIRST, PAIRS, SEEDS = (50, 51), 60, 6, 2
+CANDIDATES = {  # steps: (explorer, learner: width, layers; texts, epochs), the cheapest first
+    5: [((32, 2), (64, 3), 12_000, 10)],
+    10: [((32, 2), (64, 3), 12_000, 10), ((40, 2), (64, 3), 12_000, 14)],
+    20: [((40, 2), (80, 3), 12_000, 14), ((48, 2), (96, 3), 12_000, 14), ((48, 2), (96, 3), 16_000, 20)],
+    40: [((48, 2), (96, 3), 16_000, 20), ((64, 2), (128, 3), 16_000, 20)]}
+SOURCES = {  # of diversity: who, temperature, top-p, min-p
+    "learner, T 1": ("learner", 1.0, 1.0, 0.0), "learner, T 1.3": ("learner", 1.3, 1.0, 0.0),
+    "learner, T 1.6": ("learner", 1.6, 1.0, 0.0), "learner, T 2.2": ("learner", 2.2, 1.0, 0.0),
+    "learner, T 1.6, top-p .95": ("learner", 1.6, 0.95, 0.0),
+    "learner, T 2.2, min-p .05": ("learner", 2.2, 1.0, 0.05), "explorer, T 1": ("explorer", 1.0, 1.0, 0.0)}
+PROBLEMS, ROLLOUTS = 128, 32
+
+ALONE = "--schedule step --mix-steps {}"  # nearly as many rollouts by the explorer as S2L-PO's
+ARMS = {  # name: (flags, loop)
+    "GRPO": ("--explorer none", train.train), "GRPO, hot": ("--explorer none", train.train),
+    "clip-high .28": ("--explorer none --clip-high 0.28", train.train),
+    "RAFT warm start": (ALONE, LOOPS["raft"]), "abrupt switch": (ALONE, train.train),
+    "S2L-PO": ("", train.train), "S2L-PO, hot": ("--temperature 1.6", train.train),
+    "S2L-PO, positive": ("--off-policy positive", train.train)}
+SETTINGS = [f"--lr {lr} --minibatches {m}" for lr in (4e-4, 8e-4) for m in (1, 2, 4)]
+HOT = [f"{setting} --temperature {T}" for T in (1.3, 1.6, 2.2) for setting in SETTINGS]
+AMONG = "", "--minibatches 1", "--minibatches 4"  # an arm's best setting of all, and with so many
+SHAPES = {  # of a run, and for how many steps the explorer is alone in ALONE. `worth`: as in docs/worth.md
+    "": ("--steps 40 --mix-steps 20 --prompts-per-step 16 --eval-every 4 --eval-n 4", 10),
+    "worth": ("--steps 96 --mix-steps 16 --prompts-per-step 8 --eval-every 8 --eval-n 16", 8)}
+
+
+# ---- jobs --------------------------------------------------------------------------------------------------
+
+def path_of(job):
+    return RUNS / "results" / ("_".join(map(str, job)).replace(" ", "") + ".json")
+
+
+def pair_at(steps, candidate, pair):
+    return RUNS / f"habit-{steps}-{candidate}-{pair}"
+
+
+def work(job):
+    """In a worker: does a job and leaves its result, as path_of names it."""
+    torch.set_num_threads(1)
+    result = {"pair": made, "base": measured, "run": trained}[job[0]](*job[1:])
+    path_of(job).parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path_of(job), lambda file: file.write(json.dumps({"job": job} | result).encode()))
+
+
+def made(steps, candidate, pair):
+    """Pretrains a pair, and measures what the plan's rule asks."""
+    base, (explorer, learner, texts, epochs) = pair_at(steps, candidate, pair), CANDIDATES[steps][candidate]
+    if not base.exists():
+        with open(os.devnull, "w") as null, contextlib.redirect_stderr(null):
+            make_family(base, "habit", pair, sizes={"explorer": explorer, "learner": learner},
+                        corpus_size=texts, epochs=epochs, steps=steps)
+    found = {who: measured(steps, candidate, pair, f"{who}, T 1") for who in ("explorer", "learner")}
+    return found | {"seconds": json.loads((base / "family.json").read_text())["seconds"]}
+
+
+def measured(steps, candidate, pair, source):
+    """What a source of diversity writes to a pair's held-out problems: right ones of n, and how coherent."""
+    who, temperature, top_p, min_p = SOURCES[source]
+    base = pair_at(steps, candidate, pair)
+    model, tokenizer, stops = load(base / who)
+    problems = load_problems(base / "heldout.jsonl")[:PROBLEMS]
+    write = partial(sample, model, max_new_tokens=3 * steps + 1, stops=stops, temperature=temperature,
+                    top_p=top_p, adjust=min_p and partial(without_rare, min_p, temperature))
+    found = evaluate(write, tokenizer, problems, encode_all(problems, tokenizer), ROLLOUTS,
+                     torch.Generator().manual_seed(0))
+    habit = habit_table(random.Random(f"habit corpus {pair}"))
+    return {"strict": found["strict"]} | coherence(
+        [(problem.question, text) for problem, texts in zip(problems, found["texts"]) for text in texts],
+        steps, habit)
+
+
+def without_rare(min_p, temperature, logits, ids, lengths):
+    """`sample`'s hook for min-p: tokens less likely than min_p times the likeliest, after temperature."""
+    least = logits.amax(1, keepdim=True) + temperature * np.log(min_p)  # [R, 1]
+    return logits.masked_fill(logits < least, -torch.inf)
+
+
+def coherence(pairs, steps, habit):
+    """Of [(question, text)], the shares that are executed (every step right by the first one's method), that
+    follow the writers' habit, that change their method midway; in which step the first error falls, [steps +
+    1] with "in none" last; in nats, the entropy of the first method within a problem, and the mutual
+    information of the first and the last method."""
+    names = [*OPERATIONS, ""]  # "": no method at all
+    place = lambda method: names.index(method if method in names else "")
+    first_error, joint, within, shares = np.zeros(steps + 1), np.zeros((5, 5)), {}, []
+    for question, text in pairs:
+        methods, right = text[::3], habit_solution(question, text[:1] if text[:1] in OPERATIONS else "+")
+        wrong = [text[3 * i:3 * i + 3] != right[3 * i:3 * i + 3] for i in range(steps)]
+        first_error[[*wrong, True].index(True)] += 1
+        joint[place(text[:1]), place(methods[steps - 1:steps])] += 1
+        within.setdefault(question, np.zeros(5))[place(text[:1])] += 1
+        shares.append([text == right, text[:1] == habit[question[:3]], len({*methods} & {*OPERATIONS}) > 1])
+    joint /= len(pairs)
+    return dict(zip(("executed", "habit", "changed"), np.mean(shares, axis=0).tolist())) | {
+        "first error": (first_error / len(pairs)).tolist(),
+        "method entropy": float(np.mean([entropy(counts / counts.sum()) for counts in within.values()])),
+        "mutual information": entropy(joint.sum(0)) + entropy(joint.sum(1)) - entropy(joint)}
+
+
+def entropy(p):
+    return float(-(p[p > 0] * np.log(p[p > 0])).sum())
+
+
+def trained(steps, candidate, pair, arm, setting, seed, shape=""):
+    """A run of training: its curves over steps, FLOPs and seconds."""
+    base, (own, loop), (common, alone) = pair_at(steps, candidate, pair), ARMS[arm], SHAPES[shape]
+    flags = f"{common} --max-new-tokens {3 * steps + 1} --seed {seed} {setting} {own.format(alone)}"
+    args, run = run_quietly(base, flags.split(), loop=loop)
+    size = {who: sum(p.numel() for p in load(base / who)[0].parameters()) for who in ("learner", "explorer")}
+    rows, group = args.prompts_per_step * args.group_size, args.group_size
+    of = lambda cost: np.cumsum([cost(line) if line["step"] else 0 for line in run.history])
+    every = lambda line: flops(line | {"tokens_trained": rows * line["length"]}, size)  # idle groups too
+    seconds = lambda line: sum(x for key, x in line.items() if key.startswith("seconds_"))
+    spent = {"flops": of(lambda line: flops(line, size)), "flops of all": of(every), "seconds": of(seconds)}
+    at = [i for i, line in enumerate(run.history) if "eval_curve" in line]
+    supplied = [line["groups_explorer_only"] * rows / group for line in run.history[1:]]
+    shutil.rmtree(args.out)
+    return ({name: x[at].tolist() for name, x in spent.items()} | {"supplied": supplied}
+            | {"step": [run.history[i]["step"] for i in at],
+               "strict@1": [run.history[i]["eval_strict_pass@1"] for i in at]})
+
+
+def make(args, title, jobs):
+    """Does the jobs that are neither published nor there, and publishes all: {job: result}."""
+    results = published()
+    try:
+        do([job for job in jobs if job not in results], args.workers, title, work,
+           lambda job: path_of(job).exists())
+    finally:
+        for path in sorted((RUNS / "results").glob("*.json")):
+            result = json.loads(path.read_text())
+            results[tuple(result["job"])] = result
+        ASSETS.parent.mkdir(parents=True, exist_ok=True)
+        ASSETS.write_bytes(gzip.compress(json.dumps([*results.values()]).encode(), mtime=0))
+    return results
+
+
+def published():
+    results = json.loads(gzip.decompress(ASSETS.read_bytes())) if ASSETS.exists() else []
+    return {tuple(result["job"]): result for result in results}
+
+
+# ---- the stages --------------------------------------------------------------------------------------------
+
+def curve(strict):
+    return [pass_at_k(strict, ROLLOUTS, k) for k in powers_of_two(ROLLOUTS)]
+
+
+def fits(found):
+    """The plan's rule, of a pair's {"explorer", "learner"}: who executes, mixes, follows habits, crosses."""
+    explorer, learner = found["explorer"], found["learner"]
+    return {"executes": explorer["executed"] >= 0.8, "mixes": explorer["method entropy"] >= 0.5,
+            "habits": learner["habit"] >= 0.9,
+            "crosses": curve(learner["strict"])[0] > curve(explorer["strict"])[0] - 0.05
+            and curve(explorer["strict"])[-1] > curve(learner["strict"])[-1]}
+
+
+def chosen(results, steps):
+    """The first candidate that fits on all search pairs. ValueError if none does, or it was not tried."""
+    for candidate in range(len(CANDIDATES[steps])):
+        pairs = [results.get(("pair", steps, candidate, pair)) for pair in SEARCH_PAIRS]
+        if all(found and all(fits(found).values()) for found in pairs):
+            return candidate
+    raise ValueError(f"no models for {steps} steps: python -m recipes.length models --steps {steps}")
+
+
+def models(args):
+    for steps in args.steps:
+        for candidate in range(len(CANDIDATES[steps])):
+            results = make(args, f"{steps} steps, candidate {candidate}",
+                           [("pair", steps, candidate, pair) for pair in SEARCH_PAIRS])
+            with contextlib.suppress(ValueError):
+                print(f"{steps} steps: candidate {chosen(results, steps)}, {CANDIDATES[steps][candidate]}")
+                break
+        report_models(results, steps)
+
+
+def qualified(args, steps, candidate):
+    """The first PAIRS pairs from FIRST on that fit."""
+    pairs, pair = [], FIRST
+    while len(pairs) < PAIRS:
+        block = range(pair, pair + PAIRS - len(pairs))
+        results = make(args, f"{steps} steps, pairs", [("pair", steps, candidate, pair) for pair in block])
+        pairs += [i for i in block if all(fits(results["pair", steps, candidate, i]).values())]
+        pair = block.stop
+    return pairs
+
+
+def base(args):
+    for steps in args.steps:
+        candidate = chosen(published(), steps)
+        make(args, f"{steps} steps, base models", [("base", steps, candidate, pair, source)
+                                                   for pair in qualified(args, steps, candidate)
+                                                   for source in SOURCES])
+    report(args)
+
+
+def search(args):
+    for steps in args.steps:
+        candidate = chosen(published(), steps)
+        make(args, f"{steps} steps, search",
+             [("run", steps, candidate, pair, arm, setting, 100) for pair in SEARCH_PAIRS for arm in ARMS
+              for setting in (HOT if arm == "GRPO, hot" else SETTINGS)])
+    report(args)
+
+
+def searched(results, steps, arm, among=""):
+    """[(mean area on the search pairs, setting)], the best first, of the settings that contain `among`.
+    ValueError if there is none."""
+    heights = {}
+    for (kind, *job), result in results.items():
+        if kind == "run" and (job[0], job[3]) == (steps, arm) and job[2] in SEARCH_PAIRS and among in job[4]:
+            heights.setdefault(job[4], []).append(area(result["strict@1"]))
+    whole = [(np.mean(h), setting) for setting, h in heights.items() if len(h) == len(SEARCH_PAIRS)]
+    if not whole:
+        raise ValueError(f"{arm} has not been searched: python -m recipes.length search --steps {steps}")
+    return sorted(whole, reverse=True)
+
+
+def best_of(results, steps, among):
+    return {arm: searched(results, steps, arm, among)[0][1] for arm in ARMS}
+
+
+def as_worth(minibatches):
+    """{arm: setting} of docs/worth.md's first arms, with so many mini-batches."""
+    rates = {"S2L-PO": 4e-4, "GRPO": 8e-4, "RAFT warm start": 4e-4}
+    return {arm: f"--lr {lr} --minibatches {minibatches}" for arm, lr in rates.items()}
+
+
+def confirm(args):
+    """Each arm at its best setting, and with one mini-batch and four; at 5 steps docs/worth.md's setting."""
+    for steps in args.steps:
+        results = published()
+        candidate = chosen(results, steps)
+        best = [best_of(results, steps, among) for among in AMONG]
+        pairs, seeds = qualified(args, steps, candidate), range(SEEDS)
+        jobs = [("run", steps, candidate, pair, arm, setting, seed) for seed in seeds for pair in pairs
+                for settings in best for arm, setting in settings.items()]
+        jobs += [("run", steps, candidate, pair, arm, setting, seed, "worth")
+                 for seed in seeds for pair in pairs for m in (2, 1) if steps == 5
+                 for arm, setting in as_worth(m).items()]
+        make(args, f"{steps} steps, confirm", jobs)
+    report(args)
+
+
+# ---- the report --------------------------------------------------------------------------------------------
+
+def report_models(results, steps):
+    for job, found in sorted((job, found) for job, found in results.items() if job[:2] == ("pair", steps)):
+        explorer, learner = found["explorer"], found["learner"]
+        misses = [key for key, met in fits(found).items() if not met]
+        ends = ", ".join(f"{curve(who['strict'])[i]:.3f}" for who in (learner, explorer) for i in (0, -1))
+        print(f"{steps} steps, {CANDIDATES[steps][job[2]]}, pair {job[3]}, {found['seconds']:.0f} s: "
+              f"explorer executes {explorer['executed']:.2f}, mixes {explorer['method entropy']:.2f} nats; "
+              f"habits {learner['habit']:.2f}; @1, @{ROLLOUTS} of learner, explorer {ends}: "
+              f"{misses or 'fits'}")
+
+
+def report_base(results, steps):
+    """The table of the sources; returns {source: pass@k curve}."""
+    curves, keys = {}, ("executed", "changed", "method entropy", "mutual information")
+    print(f"\n{steps} steps{'':22}" + "".join(f"{f'@{k}':>7}" for k in powers_of_two(ROLLOUTS))
+          + "".join(f"{key:>20}" for key in (*keys, "first error at")))
+    for source in SOURCES:
+        found = [result for job, result in results.items() if job[:2] == ("base", steps) and job[4] == source]
+        if found:
+            curves[source] = curve(sum((result["strict"] for result in found), []))
+            errors = np.mean([result["first error"] for result in found], axis=0)[:-1]  # without "none"
+            first = f"{(errors * np.arange(1, steps + 1)).sum() / max(errors.sum(), 1e-9):.1f}"
+            print(f"{source:30}" + "".join(f"{x:7.3f}" for x in curves[source])
+                  + "".join(f"{np.mean([result[key] for result in found]):20.3f}" for key in keys)
+                  + f"{first:>20}")
+    return curves
+
+
+def runs_of(results, steps, arm, setting, shape=""):
+    """{(pair, seed): run} of the confirmation."""
+    return {(job[3], job[6]): result for job, result in sorted(results.items())
+            if job[0] == "run" and job[1] == steps and job[3] >= FIRST and job[4:6] == (arm, setting)
+            and job[7:] == ((shape,) if shape else ())}
+
+
+def endpoints(run, reference):
+    """Area over all steps; at step 8; at the end; area up to what the reference's run spent."""
+    at = lambda cost: area(np.interp(np.linspace(0, reference[cost][-1], 193), run[cost], run["strict@1"]))
+    return {"area": area(run["strict@1"]), "at 8": run["strict@1"][run["step"].index(8)],
+            "end": run["strict@1"][-1], **{f"equal {cost}": at(cost) for cost in (
+                "flops", "flops of all", "seconds")}, "supplied": sum(run["supplied"])}
+
+
+def report_runs(results, steps, settings, shape=""):
+    """A row an arm of settings {arm: setting}, S2L-PO first, to which the others are compared."""
+    found, reference = {}, runs_of(results, steps, "S2L-PO", settings["S2L-PO"], shape)
+    for arm in sorted(settings, key=lambda arm: arm != "S2L-PO"):
+        runs = runs_of(results, steps, arm, settings[arm], shape)
+        each = {key: endpoints(run, reference[key]) for key, run in runs.items()}
+        found[arm] = {name: by_pair({key: row[name] for key, row in each.items()})
+                      for name in next(iter(each.values()), ())}
+        print(f"{arm:18}{settings[arm]:44}" + "".join(f"{x.mean():8.3f}" for x in found[arm].values())
+              + "".join(f"   {shown(*interval(found[arm][key] - found['S2L-PO'][key]))}"
+                        for key in ("area", "at 8") if runs and arm != "S2L-PO"))
+    return found
+
+
+def report(args):
+    results, success = published(), {}
+    for steps in args.steps:
+        report_models(results, steps)
+        success[steps] = report_base(results, steps)
+        if not any(job[0] == "run" and job[1] == steps and job[3] >= FIRST for job in results):
+            continue
+        for among in AMONG:
+            print(f"\n{steps} steps, each arm's best setting {among or 'of all'}: area, at step 8, end; area "
+                  "at equal FLOPs, FLOPs if idle groups cost too, seconds; groups that only the explorer "
+                  "solved; less S2L-PO's: area, at step 8")
+            report_runs(results, steps, best_of(results, steps, among))
+        for m in (2, 1) if steps == 5 else ():
+            print(f"\n5 steps, docs/worth.md's setting, {m} mini-batches")
+            report_runs(results, steps, as_worth(m), "worth")
+    draw(ASSETS.with_name("length.png"), {steps: curves for steps, curves in success.items() if curves})
+
+
+def draw(path, success):
+    """Success at 16 attempts against length, a line a source of diversity."""
+    if not success or (figure := new_figure(1)) is None:
+        return
+    for source in SOURCES:
+        at_16 = [curves[source][4] for curves in success.values()]
+        figure[1].plot([*success], at_16, marker="o", label=source)
+    figure[1].set(xlabel="steps in a solution", ylabel="base models: strict pass@16", ylim=(0, 1.02))
+    figure[1].legend(fontsize=7)
+    figure[0].savefig(path, dpi=130)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="S2L-PO beside token noise, by the length of solutions.")
+    add = parser.add_argument
+    add("stage", choices=("models", "base", "search", "confirm", "report"), help="of docs/length.md's plan")
+    add("--steps", type=int, nargs="+", choices=CANDIDATES, default=list(CANDIDATES), help="lengths (all)")
+    add("--workers", type=int, default=os.cpu_count(), help="processes of one thread each (all cores)")
+    args = parser.parse_args(argv)
+    try:
+        globals()[args.stage](args)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"length.py: error: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "stopped: the same command goes on\n")
+
+
+if __name__ == "__main__":
+    main()

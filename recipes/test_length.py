@@ -1,0 +1,96 @@
+"""Checks of length.py: what it measures, by hand, and its stages from models to report, very small."""
+import gzip
+import json
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from plumbing import family as families
+from plumbing.tasks import HABIT_OPERATOR, habit_problem, habit_solution, habit_table
+from recipes import length
+from reward import Problem, score
+
+
+def test_a_long_solution_is_one_step_a_digit_and_checked_to_its_end():
+    """A check that looked at five steps alone would pay for a wrong tenth."""
+    question, answer = habit_problem(random.Random(0), steps=10)
+    right = habit_solution(question, HABIT_OPERATOR[question[0]])
+    assert len(question) == 3 + 11 + 1 and len(right) == 30 and right[-1] == answer
+    problem = Problem(question, answer, "habit")
+    assert score(problem, right).strict
+    for place in (13, 28):  # a digit that was misread: the running value and the answer stay
+        wrong = right[:place] + str((int(right[place]) + 1) % 10) + right[place + 1:]
+        assert score(problem, wrong) == (0, False, True)
+
+
+def test_coherence_by_hand():
+    question, habit = "Aab1234=", {"Aab": "-"}  # three steps
+    plus, minus = habit_solution(question, "+"), habit_solution(question, "-")
+    assert (plus, minus) == ("+23+36+40", "-29-36-42")
+    mixed = plus[:6] + minus[6:]
+    found = length.coherence([(question, text) for text in (plus, minus, minus, mixed)], 3, habit)
+    assert (found["executed"], found["habit"], found["changed"]) == (0.75, 0.5, 0.25)
+    assert found["first error"] == [0, 0, 0.25, 0.75]
+    assert found["method entropy"] == pytest.approx(0.6931, abs=1e-4)  # + and - as often
+    # first and last: ++ 1/4, +- 1/4, -- 1/2; entropies ln 2, .5623, 1.0397
+    assert found["mutual information"] == pytest.approx(0.6931 + 0.5623 - 1.0397, abs=1e-3)
+    none = length.coherence([(question, "")], 3, habit)
+    assert none["executed"] == none["changed"] == none["mutual information"] == 0
+
+
+def test_the_habits_are_those_of_the_corpus():
+    """Else `habit` would be measured against a table that nobody was trained on."""
+    corpus = families.make_corpus("habit", 200, 7, noise=0.0, steps=4)
+    table = habit_table(random.Random("habit corpus 7"))
+    assert all(solution == habit_solution(question, table[question[:3]]) for question, solution in corpus)
+    assert {len(solution) for _, solution in corpus} == {12}
+
+
+def test_min_p_takes_what_is_rarer_than_a_share_of_the_likeliest():
+    logits = torch.tensor([[0.0, -1.0, -2.0, -6.0]])
+    for temperature, kept in ((1.0, 2), (2.0, 3)):  # e^-1 and e^-2 of the likeliest; at 2 their roots
+        left = length.without_rare(0.2, temperature, logits, None, None)
+        assert (left > -torch.inf).sum() == kept
+        p = (logits / temperature).softmax(-1)
+        assert ((p >= 0.2 * p.max()) == (left > -torch.inf)).all()
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """The stages with models that have hardly learnt anything, in this process."""
+    monkeypatch.chdir(tmp_path)
+    once = lambda jobs, workers, title, work, is_done: [work(job) for job in jobs if not is_done(job)]
+    for name, value in {
+            "RUNS": tmp_path / "runs", "ASSETS": tmp_path / "assets" / "results.json.gz", "do": once,
+            "PAIRS": 1, "SEEDS": 1, "PROBLEMS": 4, "ROLLOUTS": 16,
+            "CANDIDATES": {5: [((8, 1), (8, 1), 640, 1)]},
+            "SETTINGS": ["--lr 0.0004 --minibatches 1", "--lr 0.0004 --minibatches 4"],
+            "HOT": [f"--lr 0.0004 --minibatches {m} --temperature 1.6" for m in (1, 4)],
+            "SHAPES": {"": ("--steps 8 --mix-steps 4 --prompts-per-step 4 --eval-every 4 --eval-n 2", 2),
+                       "worth": ("--steps 8 --mix-steps 2 --prompts-per-step 4 --eval-every 8 --eval-n 2", 1)},
+            "ARMS": {arm: length.ARMS[arm] for arm in ("GRPO", "GRPO, hot", "RAFT warm start", "S2L-PO")},
+            "fits": lambda found: {"executes": True}}.items():
+        monkeypatch.setattr(length, name, value)
+    return SimpleNamespace(steps=[5], workers=1)
+
+
+def test_the_stages_lead_to_a_report_that_needs_the_published_file_alone(small, monkeypatch, capsys):
+    """What is published must be all that the verdicts rest on, and an interrupted study goes on."""
+    length.models(small)
+    length.base(small)
+    with pytest.raises(ValueError, match="GRPO has not been searched"):
+        length.confirm(small)
+    length.search(small)
+    length.confirm(small)
+    said = capsys.readouterr().out
+    jobs = [result["job"] for result in json.loads(gzip.decompress(length.ASSETS.read_bytes()))]
+    of = lambda kind: [job for job in jobs if job[0] == kind]
+    assert len(of("pair")) == 2 + 1 and len(of("base")) == len(length.SOURCES)
+    assert len(of("run")) == 2 * 8 + 4 * 2 + 3 * 2  # searched; confirmed, and with worth.md's setting
+    monkeypatch.setattr(length, "RUNS", length.RUNS / "elsewhere")
+    monkeypatch.setattr(length, "work", None)  # nothing is made again
+    length.confirm(small)
+    length.report(small)
+    assert said.split("\n5 steps, pairs")[-1][-400:] in capsys.readouterr().out
