@@ -16,5 +16,6 @@ FLAGS="--learner $LEARNER --data data/questions.jsonl --eval-data data/questions
 python -m recipes.plan --prompt-tokens 95 $FLAGS --explorer "$EXPLORER"
 python train.py $FLAGS --explorer none --out runs/smollm2-grpo
 python train.py $FLAGS --explorer "$EXPLORER" --out runs/smollm2-s2lpo
+python -m recipes.compare runs/smollm2-grpo runs/smollm2-s2lpo --out runs/smollm2.png
 python eval.py --model runs/smollm2-grpo runs/smollm2-s2lpo "$LEARNER" "$EXPLORER" --n 16 --rollout-rows 128 \
     --out runs/smollm2-eval

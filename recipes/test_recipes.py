@@ -27,7 +27,7 @@ from plumbing import books, checkpoint, pictures
 from plumbing import pool as reader
 from plumbing.steps import Step
 from plumbing.text import decode
-from recipes import (data, explorers, internlm2, measured, overnight, pool, pool_import, remedies,
+from recipes import (compare, data, explorers, internlm2, measured, overnight, pool, pool_import, remedies,
                      retokenize)
 from recipes import rescue as rescuing
 from recipes import separate as separating
@@ -801,3 +801,22 @@ def test_a_pool_of_texts_trains_and_refuses_what_needs_log_probs(family, tmp_pat
     for choice in ("behaviour", "truncated", "geometric"):
         with pytest.raises(ValueError, match="needs the log-probabilities"):
             run_here(family, tmp_path / choice, *more, "--explorer", out, "--off-policy", choice)
+
+
+# ---- compare.py --------------------------------------------------------------------------------------------
+
+def test_runs_are_compared_by_their_own_books(tmp_path, capsys):
+    for run, values in (("a", [0.1, 0.4, 0.3]), ("b", [0.2, 0.1, 0.9])):
+        (tmp_path / run).mkdir()
+        lines = [{"step": step, "eval_strict_pass@1": value, "seconds_training": step, "seconds_sampling": 1.0}
+                 for step, value in enumerate(values)]
+        (tmp_path / run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    compare.main([str(tmp_path / run) for run in "ab"] + ["--out", str(tmp_path / "x.png")])
+    rows = [line.split()[1:] for line in capsys.readouterr().out.splitlines()[1:]]
+    assert rows == [["2", "0.100", "0.300", "0.400", "2.50"], ["2", "0.200", "0.900", "0.900", "2.50"]]
+    assert (tmp_path / "x.png").exists()
+    (tmp_path / "a" / "metrics.jsonl").write_text('{"step": 1, "seconds_training": 1.0}\n')
+    for runs, said in (("a", "--eval-data"), ("c", "No such file")):
+        with pytest.raises(SystemExit, match="2"):
+            compare.main([str(tmp_path / runs)])
+        assert said in capsys.readouterr().err
