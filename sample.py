@@ -281,7 +281,7 @@ def main():
     add = parser.add_argument
     needed = dict(required=True, default=argparse.SUPPRESS)  # --help then names no default
     add("--model", **needed, help="a checkpoint directory, a hub name, or a run of train.py")
-    add("--prompt", **needed, help="text, given to the model as it is")
+    add("--prompt", **needed, help="text, given to the model as it is; in bash $'a\\nb' has a new line")
     add("--chat", action="store_true", help="wrap the prompt in the tokeniser's chat template")
     add("--n", type=int, default=4, help="rollouts")
     add("--max-new-tokens", type=int, default=64, help="longest response")

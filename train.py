@@ -122,8 +122,9 @@ def parse_flags(argv=None):
     choices = "; ".join(f"{name}: {what}" for name, what in SCHEDULES.items())
     add = parser.add_argument_group("models and problems (without --learner the laptop's)").add_argument
     add("--learner", help="model to train: a directory or a Hugging Face hub name")
-    add("--explorer", help="frozen model that explores; or its rollouts, .jsonl by recipes.pool; or none")
-    add("--data", help="problems: JSONL with question and answer; recipes/data.py makes it of data sets")
+    add("--explorer", help="frozen model that explores, of the same tokeniser; or its rollouts, .jsonl by "
+                           "recipes.pool; or none")
+    add("--data", help="problems: JSONL with answer and question or prompt; docs/data.md")
     add("--eval-data", help="held-out problems; with --learner and without them nothing is evaluated")
     add("--task", choices=SYNTHETIC, default="habit", help="the laptop family's task (habit)")
     add("--thinking", choices=("on", "off"), help="for chat templates that can (the template's own)")
@@ -166,6 +167,7 @@ def parse_flags(argv=None):
     add("--eval-problems", **number(None, 1, 1e9), help="held-out problems used (256; with --learner 64)")
     add("--eval-n", **number(None, 1, 1e6), help="rollouts per held-out problem (32; with --learner 4)")
     add("--save-every", **number(20, 0, 1e9), help="steps between checkpoints; 0: only at the end (20)")
+    add("--keep", **number(2, 2, 1e6), help="newest checkpoints that are kept, beside the best (2)")
     add("--resume", action="store_true", help="continue the run in --out from its newest checkpoint")
     add("--seed", **number(0, 0, 1e18), help="of problems' order, rollouts, mini-batches and evaluations (0)")
     add("--device", default="auto", help="auto: cuda, then mps, then cpu")
@@ -313,7 +315,7 @@ def read_problems(args, learner, tokenizer, path):
     problems, context = load_problems(path), learner.config.max_position_embeddings
     prompts = encode_all(problems, tokenizer, args.thinking)
     kept = {*"".join(map(tokenizer.decode, prompts))}
-    if lost := {c for problem in problems for c in problem.question if "!" <= c <= "~"} - kept:
+    if lost := {c for problem in problems for c in problem.prompt if "!" <= c <= "~"} - kept:
         raise ValueError(f"{path}: {args.learner}'s tokeniser has no tokens for {''.join(sorted(lost))!r}")
     fits = [i for i, prompt in enumerate(prompts) if len(prompt) + args.max_new_tokens <= context]
     if len(fits) < len(problems):
@@ -375,7 +377,7 @@ def main(argv=None, loop=train, open_explorer=open_explorer, recipe=None):
             run.busy = True  # nothing is left but to save
         except KeyboardInterrupt:  # `listen` lets only the first signal come here
             if last_step(run) > run.saved:
-                save_checkpoint(run, Path(args.out))
+                save_checkpoint(run, Path(args.out), args.keep)
         finish(args, run)
     sys.exit(128 + run.stopped if run.stopped else 0)
 

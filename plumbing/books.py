@@ -30,7 +30,7 @@ def keep_books(args, run, step, **line):
         raise FloatingPointError(f"loss or gradient not finite in five steps, up to {step.number}: "
                                  "try a lower --lr")
     if last or due(step.number, args.save_every) and not line["skipped_updates"]:
-        save_checkpoint(run, Path(args.out))
+        save_checkpoint(run, Path(args.out), args.keep)
     settle(run)
     publish(args, run)
     if last or step.number == 1 or due(step.number, args.eval_every):
@@ -152,6 +152,7 @@ def crossing(line):
 
 def announce(args, run, device):
     """Prints what is trained on what."""
+    stops = run.tokenizer.convert_ids_to_tokens(run.stops) + [text.replace("\\n", "\n") for text in args.stop]
     count = lambda weights: f"{sum(w.numel() for w in weights):,}"
     print(f"learner   {args.learner}: {count(run.learner.parameters())} parameters, "
           f"{count(run.optimizer.weights)} trained at {args.lr:g}, {args.dtype} on {device}\n"
@@ -159,7 +160,7 @@ def announce(args, run, device):
           f"{'plain GRPO' if args.explorer == 'none' else f'schedule {args.schedule}'}\n"
           f"a step    {args.prompts_per_step} prompts x {args.group_size} rollouts of up to "
           f"{args.max_new_tokens} tokens, {args.minibatches} mini-batches\n"
-          f"stops at  {', '.join(map(repr, run.tokenizer.convert_ids_to_tokens(run.stops) + args.stop))}\n"
+          f"stops at  {', '.join(map(repr, stops))}\n"
           f"problems  {len(run.problems)} to train on, {len(run.eval_problems)} held out; first prompt and "
           f"answer:\n          {run.tokenizer.decode(run.prompts[0])!r}, {run.problems[0].answer!r}\n"
           "The loss stays near 0, as it should (README.md): watch the reward.")

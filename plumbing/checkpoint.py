@@ -93,7 +93,8 @@ def load(source, device="cpu", dtype=torch.float32):
         tokenizer.decode(tokenizer("1").input_ids)
         model.num_tokens = min(1 + max(tokenizer.get_vocab().values()), model.config.vocab_size)
         generation = directory / "generation_config.json"
-        stops = json.loads(generation.read_text()).get("eos_token_id") if generation.exists() else None
+        generation = json.loads(generation.read_text()) if generation.exists() else {}
+        stops = generation.get("eos_token_id")
         stops = {*(stops if isinstance(stops, list) else [stops]), tokenizer.eos_token_id} - {None}
         stops |= turn_ends(tokenizer)
         if not stops <= set(range(model.num_tokens)):
@@ -104,6 +105,7 @@ def load(source, device="cpu", dtype=torch.float32):
         what = f"no {error} in config.json" if isinstance(error, KeyError) else " ".join(str(error).split())
         raise ValueError(f"model {source} cannot be loaded: {what:.300}") from error
     tokenizer.init_kwargs.pop("auto_map", None)  # the checkpoint's code: no copy of ours shall run it
+    model.hf_generation = generation
     model.hf_config = {key: value for key, value in hf.items() if key != "auto_map"}
     return model, tokenizer, tuple(sorted(stops))
 
@@ -121,9 +123,11 @@ def save(model, tokenizer, stops, directory):
     partial.mkdir(parents=True)
     dtype = str(model.layers[0].self_attn.o_proj.weight.dtype).removeprefix("torch.")
     (partial / "config.json").write_text(json.dumps(model.hf_config | {"dtype": dtype}, indent=2))
-    (partial / "generation_config.json").write_text(json.dumps({"eos_token_id": list(stops)}))
+    generation = getattr(model, "hf_generation", {}) | {"eos_token_id": list(stops)}
+    (partial / "generation_config.json").write_text(json.dumps(generation))
     try:
         save_file(hf_weights(model), partial / "model.safetensors", metadata={"format": "pt"})
+        shutil.copymode(partial / "config.json", partial / "model.safetensors")  # else its owner's alone
     except SafetensorError as error:  # the disk is full
         raise OSError(str(error)) from error
     tokenizer.save_pretrained(partial)

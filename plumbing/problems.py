@@ -28,7 +28,10 @@ def load_problems(path):
                 if line.strip():
                     problems[as_problem(json.loads(line.decode("utf-8-sig")))] = None
                     records += 1
-        except (ValueError, RecursionError) as error:  # JSONDecodeError is a ValueError
+        except json.JSONDecodeError as error:
+            why = f"no JSONL, which recipes/data.py makes: {error}"
+            raise ValueError(f"{path}, line {number}: {why}") from error
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}: {str(error)[:200]}") from error
     if records > len(problems):
         print(f"{path}: {records - len(problems):,} of {records:,} problems left out: duplicates")

@@ -26,8 +26,8 @@ from plumbing.checkpoint import fingerprint, load
 from plumbing.files import write_whole
 from plumbing.steps import last_step
 
-FREE = {"resume", "out", "log", "steps", "device", "compile", "eval_every", "save_every", "rollout_rows",
-        "micro_batch_tokens", "checkpoint_layers", "id"}  # settings that a resumed run may change
+FREE = {"resume", "out", "log", "steps", "device", "compile", "eval_every", "save_every", "keep",
+        "rollout_rows", "micro_batch_tokens", "checkpoint_layers", "id"}  # what a resumed run may change
 KNOWN_BY_HASH = {"learner", "explorer", "data", "eval_data"}  # wherever they lie now
 
 
@@ -72,6 +72,8 @@ def claim(args, run):
                        if settings[name] != before.get(name)]:
             raise ValueError(f"{args.out} began with other settings: {', '.join(changed)}")
         restore(run, Path(args.out))
+        if args.steps < last_step(run):
+            raise ValueError(f"--steps {args.steps}: the run in {args.out} has made {last_step(run)} already")
     args.id = settings["id"] = before.get("id") or f"{Path(args.out).name}-{os.urandom(4).hex()}"
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -88,13 +90,13 @@ def checkpoints(out):
     return [path for _, path in sorted(((int(name[1]), path) for name, path in found if name), reverse=True)]
 
 
-def save_checkpoint(run, out):
-    """A run between two steps."""
+def save_checkpoint(run, out, keep):
+    """A run between two steps. The newest `keep` are left."""
     optimizer = run.optimizer
     state = {"weights": optimizer.masters, "adamw": optimizer.adamw.state_dict(), "history": run.history}
     write_whole(out / f"checkpoint_{last_step(run):06d}.pt", lambda file: torch.save(state, file))
     run.saved = last_step(run)
-    for old in checkpoints(out)[2:]:
+    for old in checkpoints(out)[keep:]:
         old.unlink()
 
 

@@ -118,7 +118,7 @@ def said(x):
     return "\n\n".join(message["content"] for message in x)
 
 
-def read_all(source):
+def read_all(source, exact):
     """({Problem: None} of a name, a file or a directory, how many records that were). SOURCE:COUNT takes so
     many problems of it, by chance. ValueError or OSError in one line."""
     name, _, least = source.rpartition(":")
@@ -130,7 +130,7 @@ def read_all(source):
             for number, record in enumerate(records(path), 1):
                 if record and not str(record).isspace():
                     record = json.loads(record) if isinstance(record, str) else record
-                    problems[as_problem(unified(record))] = None
+                    problems[as_problem(record if exact else unified(record))] = None
                     count += 1
         except ValueError as error:  # of pyarrow too
             raise ValueError(f"{path}, record {number}: {error}") from error
@@ -141,13 +141,14 @@ def read_all(source):
     return dict.fromkeys(random.Random(0).sample(kept, size) if size else kept), count
 
 
-def convert(sources, out):
-    """Writes `out`, which must not be there. ValueError or OSError in one line."""
+def convert(sources, out, exact=False):
+    """Writes `out`, which must not be there. `exact`: records are as train.py reads them. ValueError or
+    OSError in one line."""
     problems, count, out = {}, 0, Path(out)
     if out.exists():
         raise ValueError(f"{out} is there already")
     for source in sources:
-        more, records = read_all(source)
+        more, records = read_all(source, exact)
         problems, count = problems | more, count + records
     out.parent.mkdir(parents=True, exist_ok=True)
     save_problems(problems, out)
@@ -158,10 +159,12 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Convert published data sets to JSONL.")
     parser.add_argument("source", nargs="+",
                         help=f"a file, a directory, or one of {', '.join(HUB)}; SOURCE:COUNT: so many of it")
+    parser.add_argument("--exact", action="store_true",
+                        help="fields are as train.py reads them: a `prompt` is given exactly, not asked")
     parser.add_argument("--out", required=True, help="JSONL to write")
     args = parser.parse_args(argv)
     try:
-        convert(args.source, args.out)
+        convert(args.source, args.out, args.exact)
     except (ValueError, OSError) as error:
         parser.exit(2, f"data.py: error: {' '.join(str(error).split())}\n")
 

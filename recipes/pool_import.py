@@ -10,8 +10,9 @@ A line of TEXTS holds one problem's responses, in one of three layouts:
     {"custom_id": "7", "response": {"body": {"choices": [..]}}}    OpenAI's batches, vLLM's run_batch: the id
                                                   ends with the number of the line in --data, from 0 on
 
-Training asks for up to --group-size responses of a problem. A response that ended gets the token that ends a
-turn; one whose finish_reason is "length" was cut. Nobody knows the log-probabilities of the tokens, so
+Write at least --group-size responses to a problem: at step 1 the explorer writes whole groups. A response
+that ended gets the token that ends a turn; one whose finish_reason is "length" was cut. With --stop in
+training leave the stop text at the responses' ends. Nobody knows the log-probabilities of the tokens, so
 `--off-policy behaviour`, `truncated` and `geometric` refuse this pool.
 """
 import argparse
@@ -88,12 +89,14 @@ def convert(args):
     write_whole(note, lambda file: file.write(json.dumps(settings, indent=1).encode()))
     write_whole(Path(args.out), lambda file: file.write(("\n".join(lines) + "\n").encode()))
     print(f"{args.out}: {len(lines):,} rollouts of {len(found):,} of {len(problems):,} problems, mean reward "
-          f"{rewards / len(lines):.3f}; {unmatched:,} lines answer no problem of {args.data}")
+          f"{rewards / len(lines):.3f}, before any --stop cuts them; {unmatched:,} lines "
+          f"answer no problem of {args.data}")
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Make a pool of responses that another program wrote.")
-    parser.add_argument("texts", help="JSONL in one of three layouts, which the file's docstring shows")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("texts", help="JSONL in one of the three layouts above")
     parser.add_argument("--tokenizer", required=True, help="the learner: a directory or a hub name")
     parser.add_argument("--data", required=True, help="problems: JSONL as train.py's --data")
     parser.add_argument("--thinking", choices=("on", "off"), help="as train.py's")

@@ -69,7 +69,7 @@ def small(tmp_path, monkeypatch):
             "SETTINGS": ["--lr 0.0004 --minibatches 1", "--lr 0.0004 --minibatches 4"],
             "HOT": [f"--lr 0.0004 --minibatches {m} --temperature 1.6" for m in (1, 4)],
             "SHAPES": {"": ("--steps 8 --mix-steps 4 --prompts-per-step 4 --eval-every 4 --eval-n 2", 2),
-                       "worth": ("--steps 8 --mix-steps 2 --prompts-per-step 4 --eval-every 8 --eval-n 2", 1)},
+                       "worth": ("--steps 8 --mix-steps 2 --prompts-per-step 4 --eval-n 2", 1)},
             "ARMS": {arm: length.ARMS[arm] for arm in ("GRPO", "GRPO, hot", "RAFT warm start", "S2L-PO")},
             "fits": lambda found: {"executes": True}}.items():
         monkeypatch.setattr(length, name, value)
