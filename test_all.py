@@ -229,7 +229,7 @@ def test_traps_1_27_checkpoints_mean_the_same_both_ways(kind, options, tie, tmp_
     for name in ("config.json", "tokenizer_config.json"):  # code of a checkpoint: neither run nor handed on
         described = json.loads((directory / name).read_text()) | {"auto_map": {"AutoConfig": "evil.Config"}}
         (directory / name).write_text(json.dumps(described))
-    (directory / "generation_config.json").write_text('{"eos_token_id": [3, 5]}')
+    (directory / "generation_config.json").write_text('{"eos_token_id": [3, 5], "top_p": 0.8}')
     ours, tokenizer, stops = checkpoint.load(directory)
     assert stops == (0, 3, 5)  # generation_config's and the tokeniser's
     assert ours.num_tokens == len(tokenizer) == len(ours.head) < ours.config.vocab_size == 64
@@ -237,6 +237,9 @@ def test_traps_1_27_checkpoints_mean_the_same_both_ways(kind, options, tie, tmp_
     assert len(list(directory.glob("model-*"))) > 1  # shards
     checkpoint.save(ours, tokenizer, stops, directory)  # over what is there, of which nothing may be left
     assert not list(directory.glob("model-*"))
+    kept = json.loads((directory / "generation_config.json").read_text())
+    assert kept == {"eos_token_id": [0, 3, 5], "top_p": 0.8}
+    assert len({path.stat().st_mode for path in directory.iterdir()}) == 1  # who may read one may read all
     assert not any("auto_map" in path.read_text() for path in directory.glob("*.json"))
     ours.num_tokens, ids = 64, torch.randint(0, 64, (15, 20), generator=seeded())  # this model uses every id
     with torch.no_grad():

@@ -605,6 +605,14 @@ def test_a_run_can_be_made_longer(family, tmp_path):
     assert longer == whole and [line["share"] for line in longer[1:]] == [1, 0, 0, 0, 0, 0]
 
 
+def test_a_run_cannot_be_made_shorter_than_it_is(family, tmp_path, capsys):
+    """It said `step 4/2`, and wrote 2 into its settings."""
+    train_here(family, tmp_path / "run", "--steps", 4)
+    code, _, error = main_here(capsys, flags(family, tmp_path / "run", "--steps", 2, "--resume"))
+    assert code == 2 and "--steps 2: the run in" in error
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["steps"] == 4
+
+
 # ---- books.py, pictures.py, log.py -------------------------------------------------------------------------
 
 def no_directory(out, run):
@@ -851,6 +859,8 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(family, tmp_path):
     best = torch.load(out / "best.pt", weights_only=True)["history"][-1]["step"]
     assert at_1[best] == max(at_1[1:])
     assert len(list(out.glob("checkpoint_*.pt"))) == 2
+    train_here(family, out, "--steps", 12, "--resume", "--keep", 3)
+    assert [path.name[11:17] for path in survival.checkpoints(out)] == ["000012", "000011", "000010"]
 
 
 def test_a_run_says_itself_how_it_is_evaluated(family, tmp_path, monkeypatch, capsys):

@@ -516,6 +516,10 @@ def test_csv_and_a_mixture(tmp_path, capsys):
         json.dumps({"question": f"q{i}", "answer": str(i)}) + "\n" for i in range(9)))
     written, _ = convert(capsys, tmp_path / "a.csv", tmp_path / "a")
     assert written == [("1, 2?", "3", "math"), ("a\nb", "4", "math")]
+    (tmp_path / "few.csv").write_text('prompt,answer\n"Answer: 3\n\nAnswer:",4\n')
+    for more, given in (((), "question"), (("--exact",), "prompt")):  # published prompts are questions
+        data.main([str(tmp_path / "few.csv"), "--out", str(tmp_path / f"few-{given}"), *more])
+        assert json.loads((tmp_path / f"few-{given}").read_text())[given] == "Answer: 3\n\nAnswer:"
     data.main([str(tmp_path / "a.csv"), f"{tmp_path}/b.jsonl:4", "--out", str(tmp_path / "both")])
     assert len(load_problems(tmp_path / "both")) == 6
     code, said = convert(capsys, f"{tmp_path}/b.jsonl:10", tmp_path / "c")
