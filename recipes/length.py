@@ -154,9 +154,11 @@ def trained(steps, candidate, pair, arm, setting, seed, shape=""):
     size = {who: sum(p.numel() for p in load(base / who)[0].parameters()) for who in ("learner", "explorer")}
     rows, group = args.prompts_per_step * args.group_size, args.group_size
     of = lambda cost: np.cumsum([cost(line) if line["step"] else 0 for line in run.history])
-    every = lambda line: flops(line | {"tokens_trained": rows * line["length"]}, size)  # idle groups too
+    passes = 8 if args.minibatches > 1 else 6  # pi_old's is made with several alone
+    cost = partial(flops, size=size, passes=passes)
+    idle_too = lambda line: cost(line | {"tokens_trained": rows * line["length"]})
     seconds = lambda line: sum(x for key, x in line.items() if key.startswith("seconds_"))
-    spent = {"flops": of(lambda line: flops(line, size)), "flops of all": of(every), "seconds": of(seconds)}
+    spent = {"flops": of(cost), "flops of all": of(idle_too), "seconds": of(seconds)}
     at = [i for i, line in enumerate(run.history) if "eval_curve" in line]
     supplied = [line["groups_explorer_only"] * rows / group for line in run.history[1:]]
     shutil.rmtree(args.out)
@@ -347,8 +349,29 @@ def report_runs(results, steps, settings, shape=""):
     return found
 
 
+def verdicts(found):
+    """The plan's hypotheses, of {(steps, settings): {arm: endpoints}}, where their runs are there."""
+    less = lambda at, key, first, second: found[at][first][key] - found[at][second][key]
+    lead = lambda steps: less((steps, ""), "at 8", "S2L-PO", "GRPO, hot")
+    raft = lambda at, sign: sign * less(at, "area", "S2L-PO", "RAFT warm start")
+    for what, difference in (
+            ("a. S2L-PO's lead over temperature at step 8: ten steps less five", lambda: lead(10) - lead(5)),
+            ("b1. ten steps, one mini-batch: S2L-PO less RAFT", lambda: raft((10, AMONG[1]), 1)),
+            ("b2. ten steps, four: RAFT less S2L-PO", lambda: raft((10, AMONG[2]), -1)),
+            ("c1. as worth.md, two mini-batches: RAFT less S2L-PO", lambda: raft((5, 2), -1)),
+            ("c2. as worth.md, one: S2L-PO less RAFT", lambda: raft((5, 1), 1))):
+        try:
+            mean, half = interval(difference())
+        except KeyError:
+            print(f"{what}: its runs are not there")
+            continue
+        verdict = "confirmed" if mean > 0 else "refuted"
+        sure = half is not None and abs(mean) > half
+        print(f"{what}: {shown(mean, half)}, {verdict if sure else 'not shown'}")
+
+
 def report(args):
-    results, success = published(), {}
+    results, success, found = published(), {}, {}
     for steps in args.steps:
         report_models(results, steps)
         success[steps] = report_base(results, steps)
@@ -358,10 +381,12 @@ def report(args):
             print(f"\n{steps} steps, each arm's best setting {among or 'of all'}: area, at step 8, end; area "
                   "at equal FLOPs, FLOPs if idle groups cost too, seconds; groups that only the explorer "
                   "solved; less S2L-PO's: area, at step 8")
-            report_runs(results, steps, best_of(results, steps, among))
+            found[steps, among] = report_runs(results, steps, best_of(results, steps, among))
         for m in (2, 1) if steps == 5 else ():
             print(f"\n5 steps, docs/worth.md's setting, {m} mini-batches")
-            report_runs(results, steps, as_worth(m), "worth")
+            found[steps, m] = report_runs(results, steps, as_worth(m), "worth")
+    print()
+    verdicts(found)
     draw(ASSETS.with_name("length.png"), {steps: curves for steps, curves in success.items() if curves})
 
 

@@ -98,11 +98,12 @@ def work(job):
     shutil.rmtree(args.out)
 
 
-def flops(line, size):
-    """Of a step, as the docstring above says."""
+def flops(line, size, passes=8):
+    """Of a step, as the docstring above says. passes: FLOPs of a trained token, over the parameters."""
     tokens = {who: line[f"rollouts_{who}"] * (line[f"length_{who}"] or 0) for who in size}
     tokens["learner"] += line.get("tokens_thrown_away", 0)
-    return sum(2 * size[who] * tokens[who] for who in size) + 8 * size["learner"] * line["tokens_trained"]
+    trained = passes * size["learner"] * line["tokens_trained"]
+    return sum(2 * size[who] * tokens[who] for who in size) + trained
 
 
 def make_runs(args, title, jobs):
