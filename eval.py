@@ -169,10 +169,11 @@ def result_of(write, tokenizer, problems, prompts, settings, path, about):
         part = slice(start, start + 16)
         return evaluate(write, tokenizer, problems[part], prompts[part], settings["n"], random,
                         VERIFIERS[settings["verifier"]])
-    starts, seconds = range(0, len(problems), 16), 0.1 if sys.stderr.isatty() else 30  # in a log
-    found = list(tqdm(made_once(path, about, starts, batch), about["data"], len(starts), unit="batch",
-                      mininterval=seconds))
-    return {key: sum((batch[key] for batch in found), []) for key in found[0]}
+    starts = range(0, len(problems), 16)
+    seconds = 0.1 if sys.stderr.isatty() else 30  # in a log, a line is a line
+    batches = list(tqdm(made_once(path, about, starts, batch), about["data"], len(starts), unit="batch",
+                        mininterval=seconds))
+    return {key: sum((found[key] for found in batches), []) for key in batches[0]}
 
 
 def report(results, problems, ks, n):
