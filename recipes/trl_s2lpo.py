@@ -143,9 +143,9 @@ def open_trainer(args, config):
             raise ValueError(f"{path}: {len(fit)} problems are left, but a step needs {least}")
         return Dataset.from_list(fit)
 
-    def reward(completion_ids, question, answer, task, extra, log_metric, **rest):
+    def reward(completion_ids, question, answer, task, extra, exact, log_metric, **rest):
         texts = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
-        problems = map(Problem, question, answer, task, map(json.loads, extra))
+        problems = map(Problem, question, answer, task, map(json.loads, extra), exact)
         rewards = [score(problem, text).reward for problem, text in zip(problems, texts)]
         G, n_explorer = trainer.num_generations, trainer.n_explorer
         log_metric("explorer_share", n_explorer / G)
