@@ -340,6 +340,16 @@ def test_a_pool_explores_and_a_stop_text_ends_whoever_wrote_it(flags, tmp_path, 
     assert kept == [re.match("[^9]*9?", text)[0] for text in written] != written
 
 
+def test_the_bare_answer_to_an_exact_prompt_is_rewarded(flags, tmp_path):
+    """`Answer:` stands in the prompt. Forgotten, no rollout of a few-shot prompt ever earned anything."""
+    few = tmp_path / "few.jsonl"
+    save_problems([Problem(f"{i}+1? Answer:", str(i + 1), exact=True) for i in range(8)], few)
+    trainer = recipe.open_trainer(*recipe.parse_flags(flags(tmp_path / "run", "--data", few)))
+    columns, answer = trainer.train_dataset[:2], trainer.processing_class("1").input_ids
+    assert columns["prompt"] == ["0+1? Answer:", "1+1? Answer:"]
+    assert trainer.reward_funcs[0](completion_ids=[answer] * 2, log_metric=print, **columns) == [1.0, 0.0]
+
+
 def test_what_the_user_can_mend_is_said_in_one_line(flags, tmp_path, monkeypatch, capsys):
     bad, other = tmp_path / "bad", tmp_path / "other"
     hf_pair("qwen3", other, vocab_size=32)
