@@ -2,7 +2,7 @@
 # A real pair that fits anywhere: SmolLM2-135M-Instruct explores for SmolLM2-360M-Instruct, on three kinds of
 # short question. Memory (estimated, recipes/plan.py): 6.2 GiB while sampling, 11.4 GiB in the update; of a
 # GPU's, with its context, 6.8 and 12.0. Lower --micro-batch-tokens to 512 for 7.5 GiB. Time (estimated from
-# the 135M's below, by FLOPs): 1 minute a step and 2 hours a run on 2 CPU cores.
+# the 135M's, by FLOPs): 1 minute a step and 2 hours a run on one CPU core.
 # Result: the pair was not run, for want of the 360M. With the 135M as both, and as the learner alone, it
 # was: docs/real.md. LEARNER=.. EXPLORER=.. STEPS=.. sh recipes/smollm2.sh takes other models.
 set -e
