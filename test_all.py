@@ -1294,7 +1294,8 @@ def test_the_family_is_found_beside_the_code(tmp_path, monkeypatch):
 def test_what_is_left_out_or_amiss_with_the_problems_is_said(family, tmp_path, capsys):
     """One prompt that is too long must not cost the run, and questions seen in training are no exam."""
     problems = load_problems(family / "train.jsonl")
-    save_problems([*problems, problems[3], reward.Problem("1+1" * 42 + "=", "2")], tmp_path / "data")
+    save_problems([*problems, problems[3], reward.Problem("1+1" * 42 + "=", "2", exact=True)],
+                  tmp_path / "data")
     code, said, error = main_here(capsys, flags(family, tmp_path / "run", "--data", tmp_path / "data",
                                                 "--eval-data", family / "train.jsonl", "--steps", 1,
                                                 "--thinking", "on"))
@@ -1310,6 +1311,7 @@ def test_what_is_left_out_or_amiss_with_the_problems_is_said(family, tmp_path, c
     ("--data words", "no tokens for '?Wst'"), ("--mix-steps 5", "mix"),
     ("--explorer other", "differ in 2 tokens"),
     ("--minibatches 9", "--minibatches 9: not between 1 and 4"),
+    ("--data asked", "no tokens for ',.P"),  # the instruction's letters
     ("--explorer short --eval-data longer", "not fit the model's context of 24"),
     ("--device nonsense", "nonsense"), ("--out broken", "broken is a file"),
     ("--learner {laptop}", "gone.jsonl: no such file")])
@@ -1320,9 +1322,11 @@ def test_bad_input_is_one_line_exit_code_2_and_nothing_made(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(families, "make_family", lambda *args, **more: pytest.fail("minutes for a slip"))
     Path("broken").write_text((family / "train.jsonl").read_text()[:60] + "\n")
-    save_problems([reward.Problem("1+1" * 100, "2")], "long")
-    save_problems([reward.Problem("1+1", "2"), reward.Problem("What is 1+1?", "2")], "words")
-    save_problems([reward.Problem("1+1" * 10 + "=", "2")], "longer")
+    exact = lambda question: reward.Problem(question, "2", exact=True)
+    save_problems([exact("1+1" * 100)], "long")
+    save_problems([exact("1+1"), exact("What is 1+1?")], "words")
+    save_problems([exact("1+1" * 10 + "=")], "longer")
+    save_problems([reward.Problem("1+1=", "2")], "asked")
     config = Path(shutil.copytree(family / "explorer", "short"), "config.json")
     config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 24}))
     tokens = Path(shutil.copytree(family / "explorer", "other"), "tokenizer.json")
