@@ -122,8 +122,8 @@ def presence_penalty(penalty, logits, ids, lengths):
 
 VERIFIERS = {"strict": score, "math-verify": math_verify_score}
 MODES = {
-    "think": dict(temperature=0.6, top_p=0.95, top_k=20, presence_penalty=0.0, thinking="on"),
-    "nothink": dict(temperature=0.7, top_p=0.8, top_k=20, presence_penalty=1.5, thinking="off")}
+    "think": dict(temperature=[0.6], top_p=0.95, top_k=20, presence_penalty=0.0, thinking="on"),
+    "nothink": dict(temperature=[0.7], top_p=0.8, top_k=20, presence_penalty=1.5, thinking="off")}
 
 
 def parse_flags():
@@ -139,7 +139,8 @@ def parse_flags():
     add("--mode", choices=MODES, help="the paper's settings of an evaluation; flags that are given win")
     add("--max-new-tokens", type=int, default=64, help="longest response")
     add("--stop", nargs="+", default=[], help="texts that end a response; \\n is a new line")
-    add("--temperature", type=float, default=1.0, help="0 is greedy")
+    add("--temperature", type=float, nargs="+", default=[1.0], help="one for all models or one for each; 0 "
+        "is greedy. A model that is named twice shows what a temperature does where its groups fail")
     add("--top-k", type=int, default=0, help="0: off")
     add("--top-p", type=float, default=1.0, help="1: off")
     add("--presence-penalty", type=float, default=0.0, help="taken off the logits of tokens already written")
@@ -192,11 +193,11 @@ def report(results, problems, ks, n):
     if len(curves) > 1:
         found, group = crossover(ks, *list(curves.values())[:2]), min(16, n // 2)
         print(f"crossover of the first two: {f'k = {found:.1f}' if found else 'none'}")
-        if group:
-            first, second = (result["strict"] for result in list(results.values())[:2])
-            fails, explorer, own = headroom(first, second, n, group)
-            print(f"as learner and explorer: {fails:.0%} of the first's groups of {group} fail; there "
-                  f"{explorer:.2%}\nof the second's rollouts are right, and {own:.2%} of the first's own")
+        learner, *explorers = results
+        for explorer in explorers if group else ():
+            fails, theirs, own = headroom(results[learner]["strict"], results[explorer]["strict"], n, group)
+            print(f"{learner} as learner: {fails:.0%} of its groups of {group} fail; there {own:.2%} of its "
+                  f"own\nfurther rollouts are right, and {theirs:.2%} of those of {explorer}")
     return curves, found
 
 
@@ -210,25 +211,29 @@ def main():
         problems, out = {data: load_problems(data)[:args.problems] for data in args.data}, Path(args.out)
         no_part = "model", "data", "out", "device", "mode", "problems", "rollout_rows"  # of a figure's key
         settings = {key: x for key, x in vars(args).items() if key not in no_part}
-        results = {}
-        for name in args.model:
+        if len(args.temperature) not in (1, len(args.model)):
+            raise ValueError(f"--temperature: one for all {len(args.model)} models, or one for each")
+        temperatures, results = args.temperature * (len(args.model) // len(args.temperature)), {}
+        for i, (name, temperature) in enumerate(zip(args.model, temperatures)):
+            again = args.model[:i].count(name)  # its rollouts must not be those of the first time, warmed
+            mine = results[f"{name} at T {temperature:g}" if again else name] = {}
+            settings |= {"temperature": temperature, "seed": args.seed + again}
             model, tokenizer, stops = load_any(name, pick_device(args.device), getattr(torch, args.dtype))
             prompts = {data: encode_all(some, tokenizer, args.thinking) for data, some in problems.items()}
             for some in prompts.values():  # before the first is sampled, not hours later
                 check_lengths(model, some, args.max_new_tokens)
             write = partial(sample, model, max_new_tokens=args.max_new_tokens, stops=stops,
-                            temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
+                            temperature=temperature, top_k=args.top_k, top_p=args.top_p,
                             rows=args.rollout_rows, until=stop_texts(args.stop, tokenizer),
                             adjust=args.presence_penalty and partial(presence_penalty,
                                                                      args.presence_penalty))
             decides = [settings, fingerprint(model, tokenizer, stops), scorer_hash()]
             out.mkdir(parents=True, exist_ok=True)
-            results[name] = {}
             for data, some in problems.items():
                 key = json.dumps([decides, prompts[data], [vars(problem) for problem in some]])
                 path = out / f"result-{hashlib.sha256(key.encode()).hexdigest()[:12]}.jsonl"
                 about = {"model": name, "data": data, "settings": settings}
-                results[name][data] = result_of(write, tokenizer, some, prompts[data], settings, path, about)
+                mine[data] = result_of(write, tokenizer, some, prompts[data], settings, path, about)
         ks, figure = powers_of_two(args.n), new_figure(len(problems))
         for i, (data, some) in enumerate(problems.items()):
             print(f"\n{data}: {len(some)} problems, {args.n} rollouts each, verifier {args.verifier}")

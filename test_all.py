@@ -1160,6 +1160,21 @@ def test_eval_cli_keeps_results_and_knows_what_was_replaced(evaluated, family, t
     assert error.endswith("eval.py: error: out of memory: sample fewer rollouts at once, or shorter ones")
 
 
+def test_eval_cli_asks_what_temperature_and_explorer_add(evaluated, family, tmp_path, capsys):
+    """Drawn with the same random numbers, a warmed copy fails where its cold self did, and temperature looks
+    worthless."""
+    learner, explorer, plain = tmp_path / "model", family / "explorer", evaluated()
+    text = evaluated("--model", learner, explorer, learner, "--temperature", 1, 1, 1)
+    assert evaluated.ran == [16, 4]  # what the first two wrote is there
+    lines = [path.read_text().splitlines() for path in (tmp_path / "out").glob("result-*.jsonl")]
+    texts = [json.loads(line)["texts"] for _, *rest in lines for line in rest]
+    assert len(lines) == 3 and len(texts) == 6 and all(a != b for a, b in itertools.combinations(texts, 2))
+    assert plain.splitlines()[-4] in text and f"of {learner} at T 1\n" in text
+    with pytest.raises(SystemExit, match="2"):
+        evaluated("--temperature", 1, 1, 1.6)
+    assert "--temperature: one for all 2 models, or one for each" in capsys.readouterr().err
+
+
 def test_eval_cli_goes_on_where_it_was_stopped(evaluated, tmp_path):
     """An evaluation of a day that begins anew is not made again."""
     text, path = evaluated(), min((tmp_path / "out").glob("result-*.jsonl"))
@@ -1178,7 +1193,7 @@ def test_eval_cli_goes_on_where_it_was_stopped(evaluated, tmp_path):
 def test_a_mode_of_evaluation_gives_way_to_flags(monkeypatch):
     monkeypatch.setattr(sys, "argv", "eval.py --model x --data y --mode nothink --top-p 0.9".split())
     args = evaluation.parse_flags()
-    assert (args.temperature, args.top_p, args.top_k, args.presence_penalty) == (0.7, 0.9, 20, 1.5)
+    assert (args.temperature, args.top_p, args.top_k, args.presence_penalty) == ([0.7], 0.9, 20, 1.5)
 
 
 def test_sample_cli_prints_no_terminal_escapes(family, monkeypatch, capsys):
