@@ -28,20 +28,24 @@ import torch
 
 import train
 from eval import evaluate, pass_at_k, powers_of_two
+from grpo import advantages_of
+from plumbing.books import keep_books
 from plumbing.checkpoint import load
 from plumbing.family import make_family
 from plumbing.files import write_whole
 from plumbing.pictures import new_figure
 from plumbing.problems import load_problems
+from plumbing.steps import steps as steps_of
 from plumbing.tasks import OPERATIONS, habit_solution, habit_table
-from plumbing.text import encode_all
+from plumbing.text import decode, encode_all
 from recipes.claims import area, do, interval, run_quietly, shown
-from recipes.remedies import LOOPS
+from recipes.remedies import LOOPS, groups_of
 from recipes.worth import by_pair, flops
 from sample import sample
+from train import learn, score_all, writer
 
 RUNS, ASSETS = Path("runs/length"), Path("assets/length/results.json.gz")
-SEARCH_PAIRS, FIRST, PAIRS, SEEDS = (50, 51), 60, 6, 2
+SEARCH, CONFIRM, SEEDS = (range(50, 54), 2), (range(60, 80), 6), 2  # pairs: whence the first so many that fit
 CANDIDATES = {  # steps: (explorer, learner: width, layers; texts, epochs), the cheapest first
     5: [((32, 2), (64, 3), 12_000, 10)],
     10: [((32, 2), (64, 3), 12_000, 10), ((40, 2), (64, 3), 12_000, 14)],
@@ -54,19 +58,45 @@ SOURCES = {  # of diversity: who, temperature, top-p, min-p
     "learner, T 2.2, min-p .05": ("learner", 2.2, 1.0, 0.05), "explorer, T 1": ("explorer", 1.0, 1.0, 0.0)}
 PROBLEMS, ROLLOUTS = 128, 32
 
+BESIDE = 5  # what a random stream is for, after plumbing/steps.py's
+RAFT = "RAFT warm start"
 ALONE = "--schedule step --mix-steps {}"  # nearly as many rollouts by the explorer as S2L-PO's
 ARMS = {  # name: (flags, loop)
     "GRPO": ("--explorer none", train.train), "GRPO, hot": ("--explorer none", train.train),
     "clip-high .28": ("--explorer none --clip-high 0.28", train.train),
-    "RAFT warm start": (ALONE, LOOPS["raft"]), "abrupt switch": (ALONE, train.train),
-    "S2L-PO": ("", train.train), "S2L-PO, hot": ("--temperature 1.6", train.train),
-    "S2L-PO, positive": ("--off-policy positive", train.train)}
+    RAFT: (ALONE, LOOPS["raft"]), "abrupt switch": (ALONE, train.train),
+    "S2L-PO": ("", train.train), "S2L-PO, hot": ("--temperature 1.6", train.train)}
 SETTINGS = [f"--lr {lr} --minibatches {m}" for lr in (4e-4, 8e-4) for m in (1, 2, 4)]
 HOT = [f"{setting} --temperature {T}" for T in (1.3, 1.6, 2.2) for setting in SETTINGS]
-AMONG = "", "--minibatches 1", "--minibatches 4"  # an arm's best setting of all, and with so many
+FEW, MANY = "--minibatches 1", "--minibatches 4"  # settings that S2L-PO and RAFT are compared at too
 SHAPES = {  # of a run, and for how many steps the explorer is alone in ALONE. `worth`: as in docs/worth.md
     "": ("--steps 40 --mix-steps 20 --prompts-per-step 16 --eval-every 4 --eval-n 4", 10),
     "worth": ("--steps 96 --mix-steps 16 --prompts-per-step 8 --eval-every 8 --eval-n 16", 8)}
+
+
+# ---- why: S2L-PO with one thing taken away -----------------------------------------------------------------
+
+def withheld(args, run, explore):
+    """S2L-PO without what it supplies. As many rollouts as a group has are drawn from the learner beside, to
+    see which problems it solves by itself; a group that only the explorer solved gets no advantage."""
+    own = writer(args, run, run.learner, args.temperature)
+    for step in steps_of(args, run):
+        share, rollouts = groups_of(args, step, explore, own)
+        beside = own(step.prompts, args.group_size, step.random(BESIDE))
+        alone = score_all(step.problems, decode(beside, run.tokenizer))[..., 0].sum(1) > 0  # [P]
+        learn(run, step, rollouts, advantages=partial(without, alone))
+        right = step.scores[..., 0] > 0  # [P, G]
+        only = right.any(1) & ~alone & ~(right & ~rollouts.from_explorer.cpu()).any(1)
+        keep_books(args, run, step, share=share, groups_withheld=int(only.sum()))
+
+
+def without(alone, rewards, from_explorer, objective):
+    """A [P, G] that is 0 where the learner neither solves the problem `alone` [P] nor in its group."""
+    solved = alone | ((rewards > 0) & ~from_explorer).any(1)
+    return advantages_of(rewards, from_explorer, objective) * solved[:, None]
+
+
+ABLATIONS = {"S2L-PO, positive": ("--off-policy positive", train.train), "S2L-PO, withheld": ("", withheld)}
 
 
 # ---- jobs --------------------------------------------------------------------------------------------------
@@ -148,11 +178,12 @@ def entropy(p):
 
 def trained(steps, candidate, pair, arm, setting, seed, shape=""):
     """A run of training: its curves over steps, FLOPs and seconds."""
-    base, (own, loop), (common, alone) = pair_at(steps, candidate, pair), ARMS[arm], SHAPES[shape]
+    base, (common, alone) = pair_at(steps, candidate, pair), SHAPES[shape]
+    own, loop = (ARMS | ABLATIONS)[arm]
     flags = f"{common} --max-new-tokens {3 * steps + 1} --seed {seed} {setting} {own.format(alone)}"
     args, run = run_quietly(base, flags.split(), loop=loop)
     size = {who: sum(p.numel() for p in load(base / who)[0].parameters()) for who in ("learner", "explorer")}
-    rows, group = args.prompts_per_step * args.group_size, args.group_size
+    rows = args.prompts_per_step * args.group_size
     of = lambda cost: np.cumsum([cost(line) if line["step"] else 0 for line in run.history])
     passes = 8 if args.minibatches > 1 else 6  # pi_old's is made with several alone
     cost = partial(flops, size=size, passes=passes)
@@ -160,9 +191,9 @@ def trained(steps, candidate, pair, arm, setting, seed, shape=""):
     seconds = lambda line: sum(x for key, x in line.items() if key.startswith("seconds_"))
     spent = {"flops": of(cost), "flops of all": of(idle_too), "seconds": of(seconds)}
     at = [i for i, line in enumerate(run.history) if "eval_curve" in line]
-    supplied = [line["groups_explorer_only"] * rows / group for line in run.history[1:]]
     shutil.rmtree(args.out)
-    return ({name: x[at].tolist() for name, x in spent.items()} | {"supplied": supplied}
+    return ({name: x[at].tolist() for name, x in spent.items()}
+            | {"withheld": [line["groups_withheld"] for line in run.history if "groups_withheld" in line]}
             | {"step": [run.history[i]["step"] for i in at],
                "strict@1": [run.history[i]["eval_strict_pass@1"] for i in at]})
 
@@ -202,51 +233,53 @@ def fits(found):
             and curve(explorer["strict"])[-1] > curve(learner["strict"])[-1]}
 
 
+def fitting(results, steps, candidate, among):
+    return [pair for pair in among if (found := results.get(("pair", steps, candidate, pair)))
+            and all(fits(found).values())]
+
+
 def chosen(results, steps):
-    """The first candidate that fits on all search pairs. ValueError if none does, or it was not tried."""
+    """(candidate, search pairs): the first candidate of which enough fit. ValueError if there is none."""
+    among, count = SEARCH
     for candidate in range(len(CANDIDATES[steps])):
-        pairs = [results.get(("pair", steps, candidate, pair)) for pair in SEARCH_PAIRS]
-        if all(found and all(fits(found).values()) for found in pairs):
-            return candidate
+        if len(pairs := fitting(results, steps, candidate, among)) >= count:
+            return candidate, pairs[:count]
     raise ValueError(f"no models for {steps} steps: python -m recipes.length models --steps {steps}")
+
+
+def qualified(args, steps, candidate, among, count):
+    """The first `count` pairs of `among` that fit, or fewer; they are made as they are needed."""
+    among, pairs = [*among], []
+    while among and len(pairs) < count:
+        block, among = among[:count - len(pairs)], among[count - len(pairs):]
+        results = make(args, f"{steps} steps, pairs", [("pair", steps, candidate, pair) for pair in block])
+        pairs += fitting(results, steps, candidate, block)
+    return pairs
 
 
 def models(args):
     for steps in args.steps:
-        for candidate in range(len(CANDIDATES[steps])):
-            results = make(args, f"{steps} steps, candidate {candidate}",
-                           [("pair", steps, candidate, pair) for pair in SEARCH_PAIRS])
-            with contextlib.suppress(ValueError):
-                print(f"{steps} steps: candidate {chosen(results, steps)}, {CANDIDATES[steps][candidate]}")
+        for candidate, sizes in enumerate(CANDIDATES[steps]):
+            if len(qualified(args, steps, candidate, *SEARCH)) == SEARCH[1]:
+                print(f"{steps} steps: candidate {candidate}, {sizes}")
                 break
-        report_models(results, steps)
-
-
-def qualified(args, steps, candidate):
-    """The first PAIRS pairs from FIRST on that fit."""
-    pairs, pair = [], FIRST
-    while len(pairs) < PAIRS:
-        block = range(pair, pair + PAIRS - len(pairs))
-        results = make(args, f"{steps} steps, pairs", [("pair", steps, candidate, pair) for pair in block])
-        pairs += [i for i in block if all(fits(results["pair", steps, candidate, i]).values())]
-        pair = block.stop
-    return pairs
+        report_models(published(), steps)
 
 
 def base(args):
     for steps in args.steps:
-        candidate = chosen(published(), steps)
-        make(args, f"{steps} steps, base models", [("base", steps, candidate, pair, source)
-                                                   for pair in qualified(args, steps, candidate)
+        candidate, _ = chosen(published(), steps)
+        pairs = qualified(args, steps, candidate, *CONFIRM)
+        make(args, f"{steps} steps, base models", [("base", steps, candidate, pair, source) for pair in pairs
                                                    for source in SOURCES])
     report(args)
 
 
 def search(args):
     for steps in args.steps:
-        candidate = chosen(published(), steps)
+        candidate, pairs = chosen(published(), steps)
         make(args, f"{steps} steps, search",
-             [("run", steps, candidate, pair, arm, setting, 100) for pair in SEARCH_PAIRS for arm in ARMS
+             [("run", steps, candidate, pair, arm, setting, 100) for pair in pairs for arm in ARMS
               for setting in (HOT if arm == "GRPO, hot" else SETTINGS)])
     report(args)
 
@@ -254,33 +287,36 @@ def search(args):
 def searched(results, steps, arm, among=""):
     """[(mean area on the search pairs, setting)], the best first, of the settings that contain `among`.
     ValueError if there is none."""
-    heights = {}
+    heights, (_, pairs) = {}, chosen(results, steps)
     for (kind, *job), result in results.items():
-        if kind == "run" and (job[0], job[3]) == (steps, arm) and job[2] in SEARCH_PAIRS and among in job[4]:
+        if kind == "run" and (job[0], job[3]) == (steps, arm) and job[2] in pairs and among in job[4]:
             heights.setdefault(job[4], []).append(area(result["strict@1"]))
-    whole = [(np.mean(h), setting) for setting, h in heights.items() if len(h) == len(SEARCH_PAIRS)]
+    whole = [(np.mean(h), setting) for setting, h in heights.items() if len(h) == len(pairs)]
     if not whole:
         raise ValueError(f"{arm} has not been searched: python -m recipes.length search --steps {steps}")
     return sorted(whole, reverse=True)
 
 
-def best_of(results, steps, among):
-    return {arm: searched(results, steps, arm, among)[0][1] for arm in ARMS}
+def best_of(results, steps, among=""):
+    """{arm: setting}. The ablations have S2L-PO's: they change one thing only."""
+    arms = {arm: searched(results, steps, arm, among)[0][1] for arm in (("S2L-PO", RAFT) if among else ARMS)}
+    return arms | {arm: arms["S2L-PO"] for arm in ABLATIONS if not among}
 
 
 def as_worth(minibatches):
     """{arm: setting} of docs/worth.md's first arms, with so many mini-batches."""
-    rates = {"S2L-PO": 4e-4, "GRPO": 8e-4, "RAFT warm start": 4e-4}
+    rates = {"S2L-PO": 4e-4, "GRPO": 8e-4, RAFT: 4e-4}
     return {arm: f"--lr {lr} --minibatches {minibatches}" for arm, lr in rates.items()}
 
 
 def confirm(args):
-    """Each arm at its best setting, and with one mini-batch and four; at 5 steps docs/worth.md's setting."""
+    """Each arm at its best setting; S2L-PO and RAFT with one mini-batch and four too; at 5 steps also
+    docs/worth.md's setting."""
     for steps in args.steps:
         results = published()
-        candidate = chosen(results, steps)
-        best = [best_of(results, steps, among) for among in AMONG]
-        pairs, seeds = qualified(args, steps, candidate), range(SEEDS)
+        candidate, _ = chosen(results, steps)
+        best = [best_of(results, steps, among) for among in ("", FEW, MANY)]
+        pairs, seeds = qualified(args, steps, candidate, *CONFIRM), range(SEEDS)
         jobs = [("run", steps, candidate, pair, arm, setting, seed) for seed in seeds for pair in pairs
                 for settings in best for arm, setting in settings.items()]
         jobs += [("run", steps, candidate, pair, arm, setting, seed, "worth")
@@ -303,6 +339,14 @@ def report_models(results, steps):
               f"{misses or 'fits'}")
 
 
+def report_search(results, steps):
+    """What each arm reached at its best rate (and temperature) with one, two and four mini-batches."""
+    with contextlib.suppress(ValueError):  # not searched yet
+        for arm in ARMS:
+            best = [searched(results, steps, arm, f"--minibatches {m}")[0] for m in (1, 2, 4)]
+            print(f"{arm:18}" + "".join(f"   {height:.3f} at {setting:44}" for height, setting in best))
+
+
 def report_base(results, steps):
     """The table of the sources; returns {source: pass@k curve}."""
     curves, keys = {}, ("executed", "changed", "method entropy", "mutual information")
@@ -323,7 +367,7 @@ def report_base(results, steps):
 def runs_of(results, steps, arm, setting, shape=""):
     """{(pair, seed): run} of the confirmation."""
     return {(job[3], job[6]): result for job, result in sorted(results.items())
-            if job[0] == "run" and job[1] == steps and job[3] >= FIRST and job[4:6] == (arm, setting)
+            if job[0] == "run" and job[1] == steps and job[3] in CONFIRM[0] and job[4:6] == (arm, setting)
             and job[7:] == ((shape,) if shape else ())}
 
 
@@ -332,7 +376,7 @@ def endpoints(run, reference):
     at = lambda cost: area(np.interp(np.linspace(0, reference[cost][-1], 193), run[cost], run["strict@1"]))
     return {"area": area(run["strict@1"]), "at 8": run["strict@1"][run["step"].index(8)],
             "end": run["strict@1"][-1], **{f"equal {cost}": at(cost) for cost in (
-                "flops", "flops of all", "seconds")}, "supplied": sum(run["supplied"])}
+                "flops", "flops of all", "seconds")}, "withheld": sum(run["withheld"])}
 
 
 def report_runs(results, steps, settings, shape=""):
@@ -353,11 +397,11 @@ def verdicts(found):
     """The plan's hypotheses, of {(steps, settings): {arm: endpoints}}, where their runs are there."""
     less = lambda at, key, first, second: found[at][first][key] - found[at][second][key]
     lead = lambda steps: less((steps, ""), "at 8", "S2L-PO", "GRPO, hot")
-    raft = lambda at, sign: sign * less(at, "area", "S2L-PO", "RAFT warm start")
+    raft = lambda at, sign: sign * less(at, "area", "S2L-PO", RAFT)
     for what, difference in (
             ("a. S2L-PO's lead over temperature at step 8: ten steps less five", lambda: lead(10) - lead(5)),
-            ("b1. ten steps, one mini-batch: S2L-PO less RAFT", lambda: raft((10, AMONG[1]), 1)),
-            ("b2. ten steps, four: RAFT less S2L-PO", lambda: raft((10, AMONG[2]), -1)),
+            ("b1. ten steps, one mini-batch: S2L-PO less RAFT", lambda: raft((10, FEW), 1)),
+            ("b2. ten steps, four: RAFT less S2L-PO", lambda: raft((10, MANY), -1)),
             ("c1. as worth.md, two mini-batches: RAFT less S2L-PO", lambda: raft((5, 2), -1)),
             ("c2. as worth.md, one: S2L-PO less RAFT", lambda: raft((5, 1), 1))):
         try:
@@ -375,12 +419,13 @@ def report(args):
     for steps in args.steps:
         report_models(results, steps)
         success[steps] = report_base(results, steps)
-        if not any(job[0] == "run" and job[1] == steps and job[3] >= FIRST for job in results):
+        report_search(results, steps)
+        if not any(job[0] == "run" and job[1] == steps and job[3] in CONFIRM[0] for job in results):
             continue
-        for among in AMONG:
+        for among in ("", FEW, MANY):
             print(f"\n{steps} steps, each arm's best setting {among or 'of all'}: area, at step 8, end; area "
-                  "at equal FLOPs, FLOPs if idle groups cost too, seconds; groups that only the explorer "
-                  "solved; less S2L-PO's: area, at step 8")
+                  "at equal FLOPs, FLOPs if idle groups cost too, seconds; groups withheld; "
+                  "less S2L-PO's: area, at step 8")
             found[steps, among] = report_runs(results, steps, best_of(results, steps, among))
         for m in (2, 1) if steps == 5 else ():
             print(f"\n5 steps, docs/worth.md's setting, {m} mini-batches")

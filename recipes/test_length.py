@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from grpo import Objective
 from plumbing import family as families
 from plumbing.tasks import HABIT_OPERATOR, habit_problem, habit_solution, habit_table
 from recipes import length
@@ -57,6 +58,16 @@ def test_min_p_takes_what_is_rarer_than_a_share_of_the_likeliest():
         assert ((p >= 0.2 * p.max()) == (left > -torch.inf)).all()
 
 
+def test_only_groups_that_the_explorer_alone_solved_are_withheld():
+    """A group that the learner solves, here or beside, must teach what it always does."""
+    rewards = torch.tensor([[1.0, 0], [1, 0], [0, 1], [0, 0]])  # [P, G]
+    from_explorer = torch.tensor([[True, False]] * 4)
+    alone = torch.tensor([False, True, False, False])
+    whole = length.advantages_of(rewards, from_explorer, Objective())
+    kept = length.without(alone, rewards, from_explorer, Objective())
+    assert (whole[:3] != 0).all() and (kept[0] == 0).all() and torch.equal(kept[1:], whole[1:])
+
+
 @pytest.fixture
 def small(tmp_path, monkeypatch):
     """The stages with models that have hardly learnt anything, in this process."""
@@ -64,10 +75,11 @@ def small(tmp_path, monkeypatch):
     once = lambda jobs, workers, title, work, is_done: [work(job) for job in jobs if not is_done(job)]
     for name, value in {
             "RUNS": tmp_path / "runs", "ASSETS": tmp_path / "assets" / "results.json.gz", "do": once,
-            "PAIRS": 1, "SEEDS": 1, "PROBLEMS": 4, "ROLLOUTS": 16,
+            "SEARCH": (range(50, 52), 2), "CONFIRM": (range(60, 62), 1), "SEEDS": 1,
+            "PROBLEMS": 4, "ROLLOUTS": 16,
             "CANDIDATES": {5: [((8, 1), (8, 1), 640, 1)]},
-            "SETTINGS": ["--lr 0.0004 --minibatches 1", "--lr 0.0004 --minibatches 4"],
-            "HOT": [f"--lr 0.0004 --minibatches {m} --temperature 1.6" for m in (1, 4)],
+            "SETTINGS": [f"--lr 0.0004 --minibatches {m}" for m in (1, 2, 4)],
+            "HOT": [f"--lr 0.0004 --minibatches {m} --temperature 1.6" for m in (1, 2, 4)],
             "SHAPES": {"": ("--steps 8 --mix-steps 4 --prompts-per-step 4 --eval-every 4 --eval-n 2", 2),
                        "worth": ("--steps 8 --mix-steps 2 --prompts-per-step 4 --eval-n 2", 1)},
             "ARMS": {arm: length.ARMS[arm] for arm in ("GRPO", "GRPO, hot", "RAFT warm start", "S2L-PO")},
@@ -88,7 +100,13 @@ def test_the_stages_lead_to_a_report_that_needs_the_published_file_alone(small, 
     jobs = [result["job"] for result in json.loads(gzip.decompress(length.ASSETS.read_bytes()))]
     of = lambda kind: [job for job in jobs if job[0] == kind]
     assert len(of("pair")) == 2 + 1 and len(of("base")) == len(length.SOURCES)
-    assert len(of("run")) == 2 * 8 + 4 * 2 + 3 * 2  # searched; confirmed, and with worth.md's setting
+    best = {item for among in ("", length.FEW, length.MANY)
+            for item in length.best_of(length.published(), 5, among).items()}
+    assert len(of("run")) == 2 * 4 * 3 + len(best) + 3 * 2  # searched; confirmed, and with worth.md's setting
+    runs = {job: result for job, result in length.published().items() if job[0] == "run"}
+    counts = {job[4]: len(result["withheld"]) for job, result in runs.items()}
+    assert counts.pop("S2L-PO, withheld") == 8 and {*counts.values()} == {0}  # a number a step
+    assert {arm for arm, _ in best} == {*length.ARMS, *length.ABLATIONS}
     monkeypatch.setattr(length, "RUNS", length.RUNS / "elsewhere")
     monkeypatch.setattr(length, "work", None)  # nothing is made again
     length.confirm(small)
