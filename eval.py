@@ -193,11 +193,14 @@ def report(results, problems, ks, n):
     if len(curves) > 1:
         found, group = crossover(ks, *list(curves.values())[:2]), min(16, n // 2)
         print(f"crossover of the first two: {f'k = {found:.1f}' if found else 'none'}")
-        learner, *explorers = results
-        for explorer in explorers if group else ():
-            fails, theirs, own = headroom(results[learner]["strict"], results[explorer]["strict"], n, group)
-            print(f"{learner} as learner: {fails:.0%} of its groups of {group} fail; there {own:.2%} of its "
-                  f"own\nfurther rollouts are right, and {theirs:.2%} of those of {explorer}")
+        right = {name: result["strict"] for name, result in results.items()}
+        learner, *others = right
+        if group:
+            there = {name: headroom(right[learner], right[name], n, group) for name in others}
+            fails, _, own = there[others[0]]
+            shares = {learner: own} | {name: theirs for name, (_, theirs, _) in there.items()}
+            print(f"{fails:.0%} of the first's groups of {group} fail. There, of further rollouts are right",
+                  *(f"{share:8.2%}  {name}" for name, share in shares.items()), sep="\n")
     return curves, found
 
 

@@ -1169,7 +1169,9 @@ def test_eval_cli_asks_what_temperature_and_explorer_add(evaluated, family, tmp_
     lines = [path.read_text().splitlines() for path in (tmp_path / "out").glob("result-*.jsonl")]
     texts = [json.loads(line)["texts"] for _, *rest in lines for line in rest]
     assert len(lines) == 3 and len(texts) == 6 and all(a != b for a, b in itertools.combinations(texts, 2))
-    assert plain.splitlines()[-4] in text and f"of {learner} at T 1\n" in text
+    shares = dict(line.split("%  ")[::-1] for line in text.splitlines() if re.match(r" +[0-9.]+%  ", line))
+    assert [*shares] == [str(learner), str(explorer), f"{learner} at T 1"] and "0.00" not in shares.values()
+    assert all(f"{share}%  {name}" in plain for name, share in list(shares.items())[:2])
     with pytest.raises(SystemExit, match="2"):
         evaluated("--temperature", 1, 1, 1.6)
     assert "--temperature: one for all 2 models, or one for each" in capsys.readouterr().err

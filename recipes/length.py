@@ -48,7 +48,7 @@ RUNS, ASSETS = Path("runs/length"), Path("assets/length/results.json.gz")
 SEARCH, CONFIRM, SEEDS = (range(50, 54), 2), (range(60, 80), 6), 2  # pairs: whence the first so many that fit
 CANDIDATES = {  # steps: (explorer, learner: width, layers; texts, epochs), the cheapest first
     5: [((32, 2), (64, 3), 12_000, 10)],
-    10: [((32, 2), (64, 3), 12_000, 10), ((40, 2), (64, 3), 12_000, 14)],
+    10: [((32, 2), (64, 3), 12_000, 10), ((32, 2), (80, 3), 12_000, 10), ((40, 2), (96, 3), 12_000, 14)],
     20: [((40, 2), (80, 3), 12_000, 14), ((48, 2), (96, 3), 12_000, 14), ((48, 2), (96, 3), 16_000, 20)],
     40: [((48, 2), (96, 3), 16_000, 20), ((64, 2), (128, 3), 16_000, 20)]}
 SOURCES = {  # of diversity: who, temperature, top-p, min-p
