@@ -44,6 +44,7 @@ from plumbing.books import open_books
 from plumbing.checkpoint import load
 from plumbing.pictures import new_figure, plot_curves
 from plumbing.problems import load_problems
+from plumbing.terminal import one_line
 from recipes.explorers import open_fleet, thinned
 from recipes.measured import measured
 from recipes.pairs import FIRST_PAIR, LADDER, RUNS, directory, make_member, measure, qualified
@@ -493,7 +494,7 @@ def main():
     given = parser.parse_args()
     if not 1 <= (given.pairs or 1) <= 10 or (given.seeds or 1) < 1 or given.workers < 1:
         parser.error("--pairs lies between 1 and 10; --seeds and --workers start at 1")
-    try:
+    with one_line("claims.py"):
         if given.name == "search":
             search(given)
         for name in names if given.name == "all" else {given.name} - {"search"}:
@@ -503,10 +504,6 @@ def main():
             args.assets = ASSETS if args.pairs >= pairs and args.seeds >= seeds else RUNS / "assets"
             args.assets.mkdir(parents=True, exist_ok=True)
             SPECIAL.get(name, compare)(name, args)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"claims.py: error: {error}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, "stopped: the same command goes on\n")
 
 
 if __name__ == "__main__":

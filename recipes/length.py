@@ -37,6 +37,7 @@ from plumbing.pictures import new_figure
 from plumbing.problems import load_problems
 from plumbing.steps import steps as steps_of
 from plumbing.tasks import OPERATIONS, habit_solution, habit_table
+from plumbing.terminal import one_line
 from plumbing.text import decode, encode_all
 from recipes.claims import area, do, interval, run_quietly, shown
 from recipes.remedies import LOOPS, groups_of
@@ -66,7 +67,8 @@ ARMS = {  # name: (flags, loop)
     "clip-high .28": ("--explorer none --clip-high 0.28", train.train),
     RAFT: (ALONE, LOOPS["raft"]), "abrupt switch": (ALONE, train.train),
     "S2L-PO": ("", train.train), "S2L-PO, hot": ("--temperature 1.6", train.train)}
-SETTINGS = [f"--lr {lr} --minibatches {m}" for lr in (4e-4, 8e-4) for m in (1, 2, 4)]
+SETTINGS = [f"--lr {lr} --minibatches {m}" for lr, m in (
+    (4e-4, 1), (8e-4, 1), (1.6e-3, 1), (4e-4, 2), (8e-4, 2), (4e-4, 4), (8e-4, 4))]
 HOT = [f"{setting} --temperature {T}" for T in (1.3, 1.6, 2.2) for setting in SETTINGS]
 FEW, MANY = "--minibatches 1", "--minibatches 4"  # settings that S2L-PO and RAFT are compared at too
 SHAPES = {  # of a run, and for how many steps the explorer is alone in ALONE. `worth`: as in docs/worth.md
@@ -348,20 +350,21 @@ def report_search(results, steps):
 
 
 def report_base(results, steps):
-    """The table of the sources; returns {source: pass@k curve}."""
-    curves, keys = {}, ("executed", "changed", "method entropy", "mutual information")
+    """The table of the sources. Returns {source: (pass@16, share that changes its method)}."""
+    ends, keys = {}, ("executed", "changed", "method entropy", "mutual information")
     print(f"\n{steps} steps{'':22}" + "".join(f"{f'@{k}':>7}" for k in powers_of_two(ROLLOUTS))
           + "".join(f"{key:>20}" for key in (*keys, "first error at")))
     for source in SOURCES:
         found = [result for job, result in results.items() if job[:2] == ("base", steps) and job[4] == source]
         if found:
-            curves[source] = curve(sum((result["strict"] for result in found), []))
+            means = {key: np.mean([result[key] for result in found]) for key in keys}
+            heights = curve(sum((result["strict"] for result in found), []))
+            ends[source] = heights[4], means["changed"]
             errors = np.mean([result["first error"] for result in found], axis=0)[:-1]  # without "none"
             first = f"{(errors * np.arange(1, steps + 1)).sum() / max(errors.sum(), 1e-9):.1f}"
-            print(f"{source:30}" + "".join(f"{x:7.3f}" for x in curves[source])
-                  + "".join(f"{np.mean([result[key] for result in found]):20.3f}" for key in keys)
-                  + f"{first:>20}")
-    return curves
+            print(f"{source:30}" + "".join(f"{x:7.3f}" for x in heights)
+                  + "".join(f"{mean:20.3f}" for mean in means.values()) + f"{first:>20}")
+    return ends
 
 
 def runs_of(results, steps, arm, setting, shape=""):
@@ -369,6 +372,10 @@ def runs_of(results, steps, arm, setting, shape=""):
     return {(job[3], job[6]): result for job, result in sorted(results.items())
             if job[0] == "run" and job[1] == steps and job[3] in CONFIRM[0] and job[4:6] == (arm, setting)
             and job[7:] == ((shape,) if shape else ())}
+
+
+def confirmed(results, steps):
+    return any(job[:2] == ("run", steps) and job[3] in CONFIRM[0] for job in results)
 
 
 def endpoints(run, reference):
@@ -420,7 +427,7 @@ def report(args):
         report_models(results, steps)
         success[steps] = report_base(results, steps)
         report_search(results, steps)
-        if not any(job[0] == "run" and job[1] == steps and job[3] in CONFIRM[0] for job in results):
+        if not confirmed(results, steps):
             continue
         for among in ("", FEW, MANY):
             print(f"\n{steps} steps, each arm's best setting {among or 'of all'}: area, at step 8, end; area "
@@ -432,19 +439,32 @@ def report(args):
             found[steps, m] = report_runs(results, steps, as_worth(m), "worth")
     print()
     verdicts(found)
-    draw(ASSETS.with_name("length.png"), {steps: curves for steps, curves in success.items() if curves})
+    draw(ASSETS.with_name("length.png"), results, {steps: ends for steps, ends in success.items() if ends})
 
 
-def draw(path, success):
-    """Success at 16 attempts against length, a line a source of diversity."""
-    if not success or (figure := new_figure(1)) is None:
+SHOWN = {"GRPO": "#000000", "GRPO, hot": "#e69f00", RAFT: "#009e73", "S2L-PO": "#0072b2"}  # Okabe and Ito's
+
+
+def draw(path, results, ends):
+    """Against length, what the sources reach and how often they change their method; then the mean curves of
+    some arms at their best settings, a length each. ends: {steps: report_base's}."""
+    trained = [steps for steps in ends if confirmed(results, steps)]
+    if not ends or (figure := new_figure(2 + len(trained))) is None:
         return
-    for source in SOURCES:
-        at_16 = [curves[source][4] for curves in success.values()]
-        figure[1].plot([*success], at_16, marker="o", label=source)
-    figure[1].set(xlabel="steps in a solution", ylabel="base models: strict pass@16", ylim=(0, 1.02))
-    figure[1].legend(fontsize=7)
-    figure[0].savefig(path, dpi=130)
+    figure, panels = figure
+    for panel, i, what in ((panels[0], 0, "strict pass@16"), (panels[1], 1, "share that changes its method")):
+        for source in SOURCES:
+            panel.plot([*ends], [found[source][i] for found in ends.values()], marker="o", label=source)
+        panel.set(xlabel="steps in a solution", ylabel=f"base models: {what}", xticks=[*ends])
+    panels[0].legend(fontsize=6)
+    for panel, steps in zip(panels[2:], trained):
+        for arm, color in SHOWN.items():
+            runs = [*runs_of(results, steps, arm, best_of(results, steps)[arm]).values()]
+            mean = np.mean([run["strict@1"] for run in runs], axis=0)
+            panel.plot(runs[0]["step"], mean, color=color, label=arm)
+        panel.set(xlabel="step", ylabel="held-out strict pass@1", ylim=(0, 1.02), title=f"{steps} steps")
+    panels[-1].legend(fontsize=6)
+    figure.savefig(path, dpi=130)
 
 
 def main(argv=None):
@@ -454,12 +474,8 @@ def main(argv=None):
     add("--steps", type=int, nargs="+", choices=CANDIDATES, default=list(CANDIDATES), help="lengths (all)")
     add("--workers", type=int, default=os.cpu_count(), help="processes of one thread each (all cores)")
     args = parser.parse_args(argv)
-    try:
+    with one_line("length.py"):
         globals()[args.stage](args)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"length.py: error: {error}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, "stopped: the same command goes on\n")
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from plumbing.books import evaluate_run
 from plumbing.checkpoint import load
 from plumbing.files import write_whole
 from plumbing.pictures import new_figure
+from plumbing.terminal import one_line
 from recipes.claims import GRID, SEARCH_SEEDS, area, do, interval, make_models, run_quietly, shown
 from recipes.measured import measured
 from recipes.pairs import directory, qualified
@@ -299,12 +300,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     args.arms = [arm for arm in ARMS if arm in {*args.arms, REFERENCE}]
     args.assets = ASSETS if args.pairs >= PAIRS and args.seeds >= SEEDS else RUNS / "assets"
-    try:
+    with one_line("worth.py"):
         globals()[args.stage](args)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"worth.py: error: {error}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, "stopped: the same command goes on\n")
 
 
 if __name__ == "__main__":
