@@ -107,10 +107,6 @@ def path_of(job):
     return RUNS / "results" / ("_".join(map(str, job)).replace(" ", "") + ".json")
 
 
-def pair_at(steps, candidate, pair):
-    return RUNS / f"habit-{steps}-{candidate}-{pair}"
-
-
 def work(job):
     """In a worker: does a job and leaves its result, as path_of names it."""
     torch.set_num_threads(1)
@@ -119,15 +115,22 @@ def work(job):
     write_whole(path_of(job), lambda file: file.write(json.dumps({"job": job} | result).encode()))
 
 
-def made(steps, candidate, pair):
-    """Pretrains a pair, and measures what the plan's rule asks."""
-    base, (explorer, learner, texts, epochs) = pair_at(steps, candidate, pair), CANDIDATES[steps][candidate]
+def pair_at(steps, candidate, pair):
+    """The directory of a pair, pretrained where it is not there: published results come without models."""
+    base = RUNS / f"habit-{steps}-{candidate}-{pair}"
     if not base.exists():
+        explorer, learner, texts, epochs = CANDIDATES[steps][candidate]
         with open(os.devnull, "w") as null, contextlib.redirect_stderr(null):
             make_family(base, "habit", pair, sizes={"explorer": explorer, "learner": learner},
                         corpus_size=texts, epochs=epochs, steps=steps)
+    return base
+
+
+def made(steps, candidate, pair):
+    """What the plan's rule asks of a pair."""
     found = {who: measured(steps, candidate, pair, f"{who}, T 1") for who in ("explorer", "learner")}
-    return found | {"seconds": json.loads((base / "family.json").read_text())["seconds"]}
+    settings = json.loads((pair_at(steps, candidate, pair) / "family.json").read_text())
+    return found | {"seconds": settings["seconds"]}
 
 
 def measured(steps, candidate, pair, source):
