@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 import train
-from eval import evaluate, pass_at_k, powers_of_two
+from eval import evaluate, headroom, pass_at_k, powers_of_two
 from grpo import advantages_of
 from plumbing.books import keep_books
 from plumbing.checkpoint import load
@@ -52,11 +52,6 @@ CANDIDATES = {  # steps: (explorer, learner: width, layers; texts, epochs), the 
     10: [((32, 2), (64, 3), 12_000, 10), ((32, 2), (80, 3), 12_000, 10), ((40, 2), (96, 3), 12_000, 14)],
     20: [((40, 2), (80, 3), 12_000, 14), ((48, 2), (96, 3), 12_000, 14), ((48, 2), (96, 3), 16_000, 20)],
     40: [((48, 2), (96, 3), 16_000, 20), ((64, 2), (128, 3), 16_000, 20)]}
-SOURCES = {  # of diversity: who, temperature, top-p, min-p
-    "learner, T 1": ("learner", 1.0, 1.0, 0.0), "learner, T 1.3": ("learner", 1.3, 1.0, 0.0),
-    "learner, T 1.6": ("learner", 1.6, 1.0, 0.0), "learner, T 2.2": ("learner", 2.2, 1.0, 0.0),
-    "learner, T 1.6, top-p .95": ("learner", 1.6, 0.95, 0.0),
-    "learner, T 2.2, min-p .05": ("learner", 2.2, 1.0, 0.05), "explorer, T 1": ("explorer", 1.0, 1.0, 0.0)}
 PROBLEMS, ROLLOUTS = 128, 32
 
 BESIDE = 5  # what a random stream is for, after plumbing/steps.py's
@@ -74,6 +69,28 @@ FEW, MANY = "--minibatches 1", "--minibatches 4"  # settings that S2L-PO and RAF
 SHAPES = {  # of a run, and for how many steps the explorer is alone in ALONE. `worth`: as in docs/worth.md
     "": ("--steps 40 --mix-steps 20 --prompts-per-step 16 --eval-every 4 --eval-n 4", 10),
     "worth": ("--steps 96 --mix-steps 16 --prompts-per-step 8 --eval-every 8 --eval-n 16", 8)}
+
+
+# ---- sources of diversity ----------------------------------------------------------------------------------
+
+def without_rare(min_p, temperature, logits, ids, lengths):
+    """`sample`'s hook for min-p: tokens less likely than min_p times the likeliest, after temperature."""
+    least = logits.amax(1, keepdim=True) + temperature * np.log(min_p)  # [R, 1]
+    return logits.masked_fill(logits < least, -torch.inf)
+
+
+def hot_at_first(temperature, logits, ids, lengths):
+    """The same for a temperature of the first token alone, which is the method: noise that stays coherent."""
+    return torch.where(lengths[:, None] == 0, logits / temperature, logits)
+
+
+SOURCES = {  # name: who, and the settings of `sample`
+    **{f"learner, T {T:g}": ("learner", {"temperature": T}) for T in (1.0, 1.3, 1.6, 2.2)},
+    "learner, T 1.6, top-p .95": ("learner", {"temperature": 1.6, "top_p": 0.95}),
+    "learner, T 2.2, min-p .05": (
+        "learner", {"temperature": 2.2, "adjust": partial(without_rare, 0.05, 2.2)}),
+    "learner, T 2.2 at first": ("learner", {"adjust": partial(hot_at_first, 2.2)}),
+    "explorer, T 1": ("explorer", {})}
 
 
 # ---- why: S2L-PO with one thing taken away -----------------------------------------------------------------
@@ -135,24 +152,17 @@ def made(steps, candidate, pair):
 
 def measured(steps, candidate, pair, source):
     """What a source of diversity writes to a pair's held-out problems: right ones of n, and how coherent."""
-    who, temperature, top_p, min_p = SOURCES[source]
+    who, settings = SOURCES[source]
     base = pair_at(steps, candidate, pair)
     model, tokenizer, stops = load(base / who)
     problems = load_problems(base / "heldout.jsonl")[:PROBLEMS]
-    write = partial(sample, model, max_new_tokens=3 * steps + 1, stops=stops, temperature=temperature,
-                    top_p=top_p, adjust=min_p and partial(without_rare, min_p, temperature))
+    write = partial(sample, model, max_new_tokens=3 * steps + 1, stops=stops, **settings)
     found = evaluate(write, tokenizer, problems, encode_all(problems, tokenizer), ROLLOUTS,
                      torch.Generator().manual_seed(0))
     habit = habit_table(random.Random(f"habit corpus {pair}"))
     return {"strict": found["strict"]} | coherence(
         [(problem.question, text) for problem, texts in zip(problems, found["texts"]) for text in texts],
         steps, habit)
-
-
-def without_rare(min_p, temperature, logits, ids, lengths):
-    """`sample`'s hook for min-p: tokens less likely than min_p times the likeliest, after temperature."""
-    least = logits.amax(1, keepdim=True) + temperature * np.log(min_p)  # [R, 1]
-    return logits.masked_fill(logits < least, -torch.inf)
 
 
 def coherence(pairs, steps, habit):
@@ -353,19 +363,23 @@ def report_search(results, steps):
 
 
 def report_base(results, steps):
-    """The table of the sources. Returns {source: (pass@16, share that changes its method)}."""
-    ends, keys = {}, ("executed", "changed", "method entropy", "mutual information")
-    print(f"\n{steps} steps{'':22}" + "".join(f"{f'@{k}':>7}" for k in powers_of_two(ROLLOUTS))
-          + "".join(f"{key:>20}" for key in (*keys, "first error at")))
-    for source in SOURCES:
-        found = [result for job, result in results.items() if job[:2] == ("base", steps) and job[4] == source]
+    """The table of the sources; `there`: the share right on problems where the learner's groups of 16 fail.
+    Returns {source: (pass@16, share that changes its method)}."""
+    ends, keys = {}, ("executed", "habit", "changed", "method entropy", "mutual information")
+    print(f"\n{steps} steps{'':20}" + "".join(f"{f'@{k}':>7}" for k in powers_of_two(ROLLOUTS))
+          + f"{'there':>8}" + "".join(f"{key:>20}" for key in (*keys, "first error at")))
+    of = {source: [result for job, result in sorted(results.items(), key=str)
+                   if job[:2] == ("base", steps) and job[4] == source] for source in SOURCES}  # of each pair
+    for source, found in of.items():
         if found:
+            there = [headroom(learner["strict"], result["strict"], ROLLOUTS, ROLLOUTS // 2)[1]
+                     for learner, result in zip(of["learner, T 1"], found)]
             means = {key: np.mean([result[key] for result in found]) for key in keys}
             heights = curve(sum((result["strict"] for result in found), []))
             ends[source] = heights[4], means["changed"]
             errors = np.mean([result["first error"] for result in found], axis=0)[:-1]  # without "none"
             first = f"{(errors * np.arange(1, steps + 1)).sum() / max(errors.sum(), 1e-9):.1f}"
-            print(f"{source:30}" + "".join(f"{x:7.3f}" for x in heights)
+            print(f"{source:28}" + "".join(f"{x:7.3f}" for x in heights) + f"{np.mean(there):8.4f}"
                   + "".join(f"{mean:20.3f}" for mean in means.values()) + f"{first:>20}")
     return ends
 

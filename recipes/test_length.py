@@ -41,6 +41,12 @@ def test_coherence_by_hand():
     assert none["executed"] == none["changed"] == none["mutual information"] == 0
 
 
+def test_a_temperature_of_the_first_token_leaves_the_others():
+    logits = torch.tensor([[0.0, -1.0, -2.0]] * 2)
+    left = length.hot_at_first(2.0, logits, None, torch.tensor([0, 3]))
+    assert left.tolist() == [[0, -0.5, -1], [0, -1, -2]]
+
+
 def test_the_habits_are_those_of_the_corpus():
     """Else `habit` would be measured against a table that nobody was trained on."""
     corpus = families.make_corpus("habit", 200, 7, noise=0.0, steps=4)
