@@ -391,10 +391,6 @@ def runs_of(results, steps, arm, setting, shape=""):
             and job[7:] == ((shape,) if shape else ())}
 
 
-def confirmed(results, steps):
-    return any(job[:2] == ("run", steps) and job[3] in CONFIRM[0] for job in results)
-
-
 def endpoints(run, reference):
     """Area over all steps; at step 8; at the end; area up to what the reference's run spent."""
     at = lambda cost: area(np.interp(np.linspace(0, reference[cost][-1], 193), run[cost], run["strict@1"]))
@@ -404,16 +400,20 @@ def endpoints(run, reference):
 
 
 def report_runs(results, steps, settings, shape=""):
-    """A row an arm of settings {arm: setting}, S2L-PO first, to which the others are compared."""
+    """Of an arm of settings {arm: setting} its means, and differences to S2L-PO. ValueError if an arm has not
+    all of its runs."""
     found, reference = {}, runs_of(results, steps, "S2L-PO", settings["S2L-PO"], shape)
     for arm in sorted(settings, key=lambda arm: arm != "S2L-PO"):
         runs = runs_of(results, steps, arm, settings[arm], shape)
+        if len(runs) < CONFIRM[1] * SEEDS or runs.keys() != reference.keys():
+            raise ValueError(f"{arm}, {settings[arm]}: {len(runs)} runs of {CONFIRM[1] * SEEDS} are there")
         each = {key: endpoints(run, reference[key]) for key, run in runs.items()}
-        found[arm] = {name: by_pair({key: row[name] for key, row in each.items()})
-                      for name in next(iter(each.values()), ())}
-        print(f"{arm:18}{settings[arm]:44}" + "".join(f"{x.mean():8.3f}" for x in found[arm].values())
-              + "".join(f"   {shown(*interval(found[arm][key] - found['S2L-PO'][key]))}"
-                        for key in ("area", "at 8") if runs and arm != "S2L-PO"))
+        names = next(iter(each.values()))
+        found[arm] = {name: by_pair({key: row[name] for key, row in each.items()}) for name in names}
+        print(f"{arm}, {settings[arm]}\n" + "".join(f"    {name:20}{x.mean():8.3f}" + (
+            f"   less S2L-PO's {shown(*interval(x - found['S2L-PO'][name]))}, "
+            f"won {(x > found['S2L-PO'][name]).sum()} of {x.size}" if arm != "S2L-PO" else "") + "\n"
+            for name, x in found[arm].items()), end="")
     return found
 
 
@@ -444,28 +444,27 @@ def report(args):
         report_models(results, steps)
         success[steps] = report_base(results, steps)
         report_search(results, steps)
-        if not confirmed(results, steps):
-            continue
-        for among in ("", FEW, MANY):
-            print(f"\n{steps} steps, each arm's best setting {among or 'of all'}: area, at step 8, end; area "
-                  "at equal FLOPs, FLOPs if idle groups cost too, seconds; groups withheld; "
-                  "less S2L-PO's: area, at step 8")
-            found[steps, among] = report_runs(results, steps, best_of(results, steps, among))
-        for m in (2, 1) if steps == 5 else ():
-            print(f"\n5 steps, docs/worth.md's setting, {m} mini-batches")
-            found[steps, m] = report_runs(results, steps, as_worth(m), "worth")
+        best = [(among, partial(best_of, results, steps, among), "") for among in ("", FEW, MANY)]
+        worth = [(m, partial(as_worth, m), "worth") for m in (2, 1) if steps == 5]
+        for part, settings, shape in best + worth:
+            what = f"with docs/worth.md's setting, {part} mini-batches" if shape else f"at best {part}"
+            print(f"\n{steps} steps, {what}")
+            try:
+                found[steps, part] = report_runs(results, steps, settings(), shape)
+            except ValueError as missing:
+                print(missing)
     print()
     verdicts(found)
-    draw(ASSETS.with_name("length.png"), results, {steps: ends for steps, ends in success.items() if ends})
+    draw(ASSETS.with_name("length.png"), results, {steps: ends for steps, ends in success.items() if ends},
+         [steps for steps, part in found if part == ""])
 
 
 SHOWN = {"GRPO": "#000000", "GRPO, hot": "#e69f00", RAFT: "#009e73", "S2L-PO": "#0072b2"}  # Okabe and Ito's
 
 
-def draw(path, results, ends):
-    """Against length, what the sources reach and how often they change their method; then the mean curves of
-    some arms at their best settings, a length each. ends: {steps: report_base's}."""
-    trained = [steps for steps in ends if confirmed(results, steps)]
+def draw(path, results, ends, trained):
+    """Against length, what the sources reach and how often they change their method; then, for the lengths
+    `trained`, the mean curves of some arms at their best settings. ends: {steps: report_base's}."""
     if not ends or (figure := new_figure(2 + len(trained))) is None:
         return
     figure, panels = figure
