@@ -50,8 +50,8 @@ SEARCH, CONFIRM, SEEDS = (range(50, 54), 2), (range(60, 80), 6), 2  # pairs: whe
 CANDIDATES = {  # steps: (explorer, learner: width, layers; texts, epochs), the cheapest first
     5: [((32, 2), (64, 3), 12_000, 10)],
     10: [((32, 2), (64, 3), 12_000, 10), ((32, 2), (80, 3), 12_000, 10), ((40, 2), (96, 3), 12_000, 14)],
-    20: [((40, 2), (80, 3), 12_000, 14), ((48, 2), (96, 3), 12_000, 14), ((48, 2), (96, 3), 16_000, 20)],
-    40: [((48, 2), (96, 3), 16_000, 20), ((64, 2), (128, 3), 16_000, 20)]}
+    20: [((48, 2), (112, 3), 12_000, 10), ((48, 2), (112, 3), 16_000, 20)],
+    40: [((64, 2), (144, 3), 16_000, 20)]}
 PROBLEMS, ROLLOUTS = 128, 32
 
 BESIDE = 5  # what a random stream is for, after plumbing/steps.py's
@@ -224,7 +224,8 @@ def make(args, title, jobs):
             result = json.loads(path.read_text())
             results[tuple(result["job"])] = result
         ASSETS.parent.mkdir(parents=True, exist_ok=True)
-        ASSETS.write_bytes(gzip.compress(json.dumps([*results.values()]).encode(), mtime=0))
+        packed = gzip.compress(json.dumps([*results.values()]).encode(), mtime=0)
+        write_whole(ASSETS, lambda file: file.write(packed))
     return results
 
 
