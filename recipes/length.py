@@ -202,7 +202,8 @@ def trained(steps, candidate, pair, arm, setting, seed, shape=""):
     of = lambda cost: np.cumsum([cost(line) if line["step"] else 0 for line in run.history])
     passes = 8 if args.minibatches > 1 else 6  # pi_old's is made with several alone
     cost = partial(flops, size=size, passes=passes)
-    idle_too = lambda line: cost(line | {"tokens_trained": rows * line["length"]})
+    idle_too = lambda line: cost(line | {  # RAFT's passes over successes may be more
+        "tokens_trained": max(line["tokens_trained"], rows * line["length"])})
     seconds = lambda line: sum(x for key, x in line.items() if key.startswith("seconds_"))
     spent = {"flops": of(cost), "flops of all": of(idle_too), "seconds": of(seconds)}
     at = [i for i, line in enumerate(run.history) if "eval_curve" in line]
@@ -414,7 +415,7 @@ def report_runs(results, steps, settings, shape=""):
         print(f"{arm}, {settings[arm]}\n" + "".join(f"    {name:20}{x.mean():8.3f}" + (
             f"   less S2L-PO's {shown(*interval(x - found['S2L-PO'][name]))}, "
             f"won {(x > found['S2L-PO'][name]).sum()} of {x.size}" if arm != "S2L-PO" else "") + "\n"
-            for name, x in found[arm].items()), end="")
+            for name, x in found[arm].items() if name != "withheld" or x.any()), end="")
     return found
 
 
