@@ -422,10 +422,12 @@ def report_runs(results, steps, settings, shape=""):
 def verdicts(found):
     """The plan's hypotheses, of {(steps, settings): {arm: endpoints}}, where their runs are there."""
     less = lambda at, key, first, second: found[at][first][key] - found[at][second][key]
-    lead = lambda steps: less((steps, ""), "at 8", "S2L-PO", "GRPO, hot")
+    lead = lambda steps, key: less((steps, ""), key, "S2L-PO", "GRPO, hot")
     raft = lambda at, sign: sign * less(at, "area", "S2L-PO", RAFT)
     for what, difference in (
-            ("a. S2L-PO's lead over temperature at step 8: ten steps less five", lambda: lead(10) - lead(5)),
+            ("a. S2L-PO's lead over temperature at step 8: ten steps less five",
+             lambda: lead(10, "at 8") - lead(5, "at 8")),
+            ("   in area, looked at after the runs", lambda: lead(10, "area") - lead(5, "area")),
             ("b1. ten steps, one mini-batch: S2L-PO less RAFT", lambda: raft((10, FEW), 1)),
             ("b2. ten steps, four: RAFT less S2L-PO", lambda: raft((10, MANY), -1)),
             ("c1. as worth.md, two mini-batches: RAFT less S2L-PO", lambda: raft((5, 2), -1)),
