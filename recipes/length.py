@@ -80,7 +80,7 @@ def without_rare(min_p, temperature, logits, ids, lengths):
 
 
 def hot_at_first(temperature, logits, ids, lengths):
-    """The same for a temperature of the first token alone, which is the method: noise that stays coherent."""
+    """`sample`'s hook for a temperature of the first token alone, the method: noise that stays coherent."""
     return torch.where(lengths[:, None] == 0, logits / temperature, logits)
 
 
