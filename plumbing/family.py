@@ -87,7 +87,8 @@ def new_model(width, layers, tokenizer, generator, context=128):
     return model
 
 
-def pretrain(name, tokenizer, corpus, size, epochs, seed, device="cpu", stop_after=None, stop=None):
+def pretrain(name, tokenizer, corpus, size, epochs, seed, device="cpu", stop_after=None, stop=None,
+             batch_size=BATCH):
     """A model of size (width, layers) after next-token training on corpus [(question, solution)], loss on the
     solution only. `stop_after` epochs it is an earlier checkpoint of the same training. `stop`: a
     threading.Event that ends it with KeyboardInterrupt."""
@@ -99,7 +100,7 @@ def pretrain(name, tokenizer, corpus, size, epochs, seed, device="cpu", stop_aft
     target_mask = (columns >= first) & (columns < end)  # [N, L-1]: solution and EOS
     generator = torch.Generator().manual_seed(seed)
     model = new_model(*size, tokenizer, generator, max(128, ids.shape[1])).to(device)
-    steps_per_epoch = len(ids) // BATCH
+    steps_per_epoch = len(ids) // batch_size
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.01, betas=(0.9, 0.95),
                                   fused=device != "mps")
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=LR, total_steps=epochs * steps_per_epoch,
@@ -109,7 +110,7 @@ def pretrain(name, tokenizer, corpus, size, epochs, seed, device="cpu", stop_aft
     seconds = 0.1 if sys.stderr.isatty() else 30  # in a log, a line is a line
     with tqdm(total=last * steps_per_epoch, desc=title, dynamic_ncols=True, mininterval=seconds) as bar:
         for _ in range(last):
-            for rows in torch.randperm(len(ids), generator=generator).split(BATCH)[:steps_per_epoch]:
+            for rows in torch.randperm(len(ids), generator=generator).split(batch_size)[:steps_per_epoch]:
                 if stop and stop.is_set():
                     raise KeyboardInterrupt
                 batch, mask = ids[rows].to(device), target_mask[rows].to(device)
@@ -127,7 +128,7 @@ def pretrain(name, tokenizer, corpus, size, epochs, seed, device="cpu", stop_aft
 
 
 def make_family(out, task="habit", seed=0, noise=0.01, sizes=None, corpus_size=None, epochs=None,
-                device="cpu", **more):
+                device="cpu", batch_size=BATCH, **more):
     """Pretrains the family into directory `out`, which appears only when it is complete. Of several processes
     that make it at once, the first to end has made it. The models are pretrained side by side, a thread each,
     and so with the same bits however many cores there are."""
@@ -142,7 +143,8 @@ def make_family(out, task="habit", seed=0, noise=0.01, sizes=None, corpus_size=N
 
     def member(name):
         torch.set_num_threads(1)  # of this thread
-        model = pretrain(name, tokenizer, corpus, sizes[name], epochs, seed, device, stop=stop)
+        model = pretrain(name, tokenizer, corpus, sizes[name], epochs, seed, device, stop=stop,
+                         batch_size=batch_size)
         save(model, tokenizer, (tokenizer.eos_token_id,), partial / name)
 
     with ThreadPoolExecutor(len(sizes)) as pool:
@@ -158,7 +160,7 @@ def make_family(out, task="habit", seed=0, noise=0.01, sizes=None, corpus_size=N
     save_problems(problems[:512], partial / "heldout.jsonl")
     save_problems(problems[512:], partial / "train.jsonl")
     settings = dict(task=task, seed=seed, noise=noise, sizes=sizes, corpus=corpus_size, epochs=epochs, lr=LR,
-                    batch=BATCH, **more, seconds=round(time.time() - started, 1))
+                    batch=batch_size, **more, seconds=round(time.time() - started, 1))
     (partial / "family.json").write_text(json.dumps(settings, indent=2))
     (partial / "tokenizer.json").unlink()
     try:

@@ -47,11 +47,10 @@ from train import learn, score_all, writer
 
 RUNS, ASSETS = Path("runs/length"), Path("assets/length/results.json.gz")
 SEARCH, CONFIRM, SEEDS = (range(50, 54), 2), (range(60, 80), 6), 2  # pairs: whence the first so many that fit
-CANDIDATES = {  # steps: (explorer, learner: width, layers; texts, epochs), the cheapest first
-    5: [((32, 2), (64, 3), 12_000, 10)],
-    10: [((32, 2), (64, 3), 12_000, 10), ((32, 2), (80, 3), 12_000, 10), ((40, 2), (96, 3), 12_000, 14)],
-    20: [((48, 2), (112, 3), 12_000, 10), ((48, 2), (160, 3), 12_000, 10)],
-    40: [((64, 2), (144, 3), 16_000, 20)]}
+CANDIDATES = {  # steps: (explorer, learner: width, layers; texts, epochs, batch size), the cheapest first
+    5: [((32, 2), (64, 3), 12_000, 10, 64)],
+    10: [((32, 2), (64, 3), 12_000, 10, 64), ((32, 2), (80, 3), 12_000, 10, 64)],
+    20: [((48, 2), (112, 3), 12_000, 10, 64), ((32, 2), (80, 3), 12_000, 10, 16)]}
 PROBLEMS, ROLLOUTS = 128, 32
 
 BESIDE = 5  # what a random stream is for, after plumbing/steps.py's
@@ -136,10 +135,10 @@ def pair_at(steps, candidate, pair):
     """The directory of a pair, pretrained where it is not there: published results come without models."""
     base = RUNS / f"habit-{steps}-{candidate}-{pair}"
     if not base.exists():
-        explorer, learner, texts, epochs = CANDIDATES[steps][candidate]
+        explorer, learner, texts, epochs, batch_size = CANDIDATES[steps][candidate]
         with open(os.devnull, "w") as null, contextlib.redirect_stderr(null):
             make_family(base, "habit", pair, sizes={"explorer": explorer, "learner": learner},
-                        corpus_size=texts, epochs=epochs, steps=steps)
+                        corpus_size=texts, epochs=epochs, batch_size=batch_size, steps=steps)
     return base
 
 
@@ -265,12 +264,15 @@ def chosen(results, steps):
 
 
 def qualified(args, steps, candidate, among, count):
-    """The first `count` pairs of `among` that fit, or fewer; they are made as they are needed."""
+    """The first `count` pairs of `among` that fit, or fewer; they are made as they are needed. Where none of
+    the first `count` fits, no more are made."""
     among, pairs = [*among], []
     while among and len(pairs) < count:
         block, among = among[:count - len(pairs)], among[count - len(pairs):]
         results = make(args, f"{steps} steps, pairs", [("pair", steps, candidate, pair) for pair in block])
         pairs += fitting(results, steps, candidate, block)
+        if not pairs:
+            break
     return pairs
 
 
