@@ -35,6 +35,7 @@ from plumbing.family import make_family
 from plumbing.files import write_whole
 from plumbing.pictures import new_figure
 from plumbing.problems import load_problems
+from plumbing.steps import LEARNER
 from plumbing.steps import steps as steps_of
 from plumbing.tasks import OPERATIONS, habit_solution, habit_table
 from plumbing.terminal import one_line
@@ -53,17 +54,10 @@ CANDIDATES = {  # steps: (explorer, learner: width, layers; texts, epochs, batch
     20: [((48, 2), (112, 3), 12_000, 10, 64), ((32, 2), (80, 3), 12_000, 10, 16)]}
 PROBLEMS, ROLLOUTS = 128, 32
 
-BESIDE = 5  # what a random stream is for, after plumbing/steps.py's
-RAFT = "RAFT warm start"
-ALONE = "--schedule step --mix-steps {}"  # nearly as many rollouts by the explorer as S2L-PO's
-ARMS = {  # name: (flags, loop)
-    "GRPO": ("--explorer none", train.train), "GRPO, hot": ("--explorer none", train.train),
-    "clip-high .28": ("--explorer none --clip-high 0.28", train.train),
-    RAFT: (ALONE, LOOPS["raft"]), "abrupt switch": (ALONE, train.train),
-    "S2L-PO": ("", train.train), "S2L-PO, hot": ("--temperature 1.6", train.train)}
 SETTINGS = [f"--lr {lr} --minibatches {m}" for lr, m in (
     (4e-4, 1), (8e-4, 1), (1.6e-3, 1), (4e-4, 2), (8e-4, 2), (4e-4, 4), (8e-4, 4))]
 HOT = [f"{setting} --temperature {T}" for T in (1.3, 1.6, 2.2) for setting in SETTINGS]
+MINIBATCHES = {5: (1, 2, 4), 10: (1, 2, 4), 20: (1, 4)}  # steps: how many mini-batches are searched
 FEW, MANY = "--minibatches 1", "--minibatches 4"  # settings that S2L-PO and RAFT are compared at too
 SHAPES = {  # of a run, and for how many steps the explorer is alone in ALONE. `worth`: as in docs/worth.md
     "": ("--steps 40 --mix-steps 20 --prompts-per-step 16 --eval-every 4 --eval-n 4", 10),
@@ -92,7 +86,19 @@ SOURCES = {  # name: who, and the settings of `sample`
     "explorer, T 1": ("explorer", {})}
 
 
-# ---- why: S2L-PO with one thing taken away -----------------------------------------------------------------
+# ---- what is trained ---------------------------------------------------------------------------------------
+
+def coherent(args, run, explore):
+    """GRPO whose own noise stays coherent: --temperature with min-p .05."""
+    noise = partial(without_rare, 0.05, args.temperature)
+    for step in steps_of(args, run):
+        learn(run, step, sample(run.learner, step.prompts, args.group_size, step.random(LEARNER),
+                                args.max_new_tokens, run.stops, args.temperature, adjust=noise))
+        keep_books(args, run, step, share=0)
+
+
+BESIDE = 5  # what a random stream is for, after plumbing/steps.py's
+
 
 def withheld(args, run, explore):
     """S2L-PO without what it supplies. As many rollouts as a group has are drawn from the learner beside, to
@@ -103,17 +109,29 @@ def withheld(args, run, explore):
         beside = own(step.prompts, args.group_size, step.random(BESIDE))
         alone = score_all(step.problems, decode(beside, run.tokenizer))[..., 0].sum(1) > 0  # [P]
         learn(run, step, rollouts, advantages=partial(without, alone))
-        right = step.scores[..., 0] > 0  # [P, G]
-        only = right.any(1) & ~alone & ~(right & ~rollouts.from_explorer.cpu()).any(1)
+        right = step.scores[..., 0]  # [P, G]
+        only = (right > 0).any(1) & ~solved(alone, right, rollouts.from_explorer.cpu())
         keep_books(args, run, step, share=share, groups_withheld=int(only.sum()))
 
 
+def solved(alone, rewards, from_explorer):
+    """[P]: whether the learner solves the problem, `alone` [P] or in its group [P, G]."""
+    return alone | ((rewards > 0) & ~from_explorer).any(1)
+
+
 def without(alone, rewards, from_explorer, objective):
-    """A [P, G] that is 0 where the learner neither solves the problem `alone` [P] nor in its group."""
-    solved = alone | ((rewards > 0) & ~from_explorer).any(1)
-    return advantages_of(rewards, from_explorer, objective) * solved[:, None]
+    """A [P, G] that is 0 where the learner does not solve the problem."""
+    return advantages_of(rewards, from_explorer, objective) * solved(alone, rewards, from_explorer)[:, None]
 
 
+RAFT = "RAFT warm start"
+ALONE = "--schedule step --mix-steps {}"  # nearly as many rollouts by the explorer as S2L-PO's
+ARMS = {  # name: (flags, loop)
+    "GRPO": ("--explorer none", train.train), "GRPO, hot": ("--explorer none", train.train),
+    "GRPO, min-p": ("--explorer none --temperature 2.2", coherent),
+    "clip-high .28": ("--explorer none --clip-high 0.28", train.train),
+    RAFT: (ALONE, LOOPS["raft"]), "abrupt switch": (ALONE, train.train),
+    "S2L-PO": ("", train.train), "S2L-PO, hot": ("--temperature 1.6", train.train)}
 ABLATIONS = {"S2L-PO, positive": ("--off-policy positive", train.train), "S2L-PO, withheld": ("", withheld)}
 
 
@@ -299,7 +317,8 @@ def search(args):
         candidate, pairs = chosen(published(), steps)
         make(args, f"{steps} steps, search",
              [("run", steps, candidate, pair, arm, setting, 100) for pair in pairs for arm in ARMS
-              for setting in (HOT if arm == "GRPO, hot" else SETTINGS)])
+              for m in MINIBATCHES[steps] for setting in (HOT if arm == "GRPO, hot" else SETTINGS)
+              if f"--minibatches {m}" in setting])
     report(args)
 
 
@@ -362,7 +381,7 @@ def report_search(results, steps):
     """What each arm reached at its best rate (and temperature) with one, two and four mini-batches."""
     with contextlib.suppress(ValueError):  # not searched yet
         for arm in ARMS:
-            best = [searched(results, steps, arm, f"--minibatches {m}")[0] for m in (1, 2, 4)]
+            best = [searched(results, steps, arm, f"--minibatches {m}")[0] for m in MINIBATCHES[steps]]
             print(f"{arm:18}" + "".join(f"   {height:.3f} at {setting:44}" for height, setting in best))
 
 
@@ -421,27 +440,34 @@ def report_runs(results, steps, settings, shape=""):
     return found
 
 
+HYPOTHESES = {  # name: endpoint, (steps, settings), its first arm, its second, with what steps it is compared
+    "a1": ("at 8", (10, ""), "S2L-PO", "GRPO, hot", 5),
+    "a2": ("at 8", (20, ""), "S2L-PO", "GRPO, hot", 5),
+    "a3": ("area", (20, ""), "S2L-PO", "GRPO, hot", 5),
+    "b1": ("area", (10, FEW), "S2L-PO", RAFT, None), "b2": ("area", (10, MANY), RAFT, "S2L-PO", None),
+    "b3": ("area", (20, FEW), "S2L-PO", RAFT, None), "b4": ("area", (20, MANY), RAFT, "S2L-PO", None),
+    "c1": ("area", (5, 2), RAFT, "S2L-PO", None), "c2": ("area", (5, 1), "S2L-PO", RAFT, None),
+    "d1": ("area", (10, ""), "GRPO, min-p", "GRPO, hot", None),
+    "d2": ("area", (20, ""), "GRPO, min-p", "GRPO, hot", None),
+    "d3": ("area", (10, ""), "S2L-PO", "GRPO, min-p", None),
+    "d4": ("area", (20, ""), "S2L-PO", "GRPO, min-p", None)}
+AFTERWARDS = {"a in area": ("area", (10, ""), "S2L-PO", "GRPO, hot", 5)}  # looked at when the runs were there
+
+
 def verdicts(found):
     """The plan's hypotheses, of {(steps, settings): {arm: endpoints}}, where their runs are there."""
-    less = lambda at, key, first, second: found[at][first][key] - found[at][second][key]
-    lead = lambda steps, key: less((steps, ""), key, "S2L-PO", "GRPO, hot")
-    raft = lambda at, sign: sign * less(at, "area", "S2L-PO", RAFT)
-    for what, difference in (
-            ("a. S2L-PO's lead over temperature at step 8: ten steps less five",
-             lambda: lead(10, "at 8") - lead(5, "at 8")),
-            ("   in area, looked at after the runs", lambda: lead(10, "area") - lead(5, "area")),
-            ("b1. ten steps, one mini-batch: S2L-PO less RAFT", lambda: raft((10, FEW), 1)),
-            ("b2. ten steps, four: RAFT less S2L-PO", lambda: raft((10, MANY), -1)),
-            ("c1. as worth.md, two mini-batches: RAFT less S2L-PO", lambda: raft((5, 2), -1)),
-            ("c2. as worth.md, one: S2L-PO less RAFT", lambda: raft((5, 1), 1))):
+    for name, (key, (steps, part), first, second, shorter) in (HYPOTHESES | AFTERWARDS).items():
+        less = lambda at: found[at][first][key] - found[at][second][key]
+        what = f"{name}. {steps} steps {part}, {key}: {first} - {second}"
+        what += f", and less the same with {shorter}" if shorter else ""
         try:
-            mean, half = interval(difference())
+            mean, half = interval(less((steps, part)) - (less((shorter, part)) if shorter else 0))
         except KeyError:
             print(f"{what}: its runs are not there")
             continue
-        verdict = "confirmed" if mean > 0 else "refuted"
         sure = half is not None and abs(mean) > half
-        print(f"{what}: {shown(mean, half)}, {verdict if sure else 'not shown'}")
+        verdict = ("confirmed" if mean > 0 else "refuted") if sure else "not shown"
+        print(f"{what}: {shown(mean, half)}, {'not planned' if name in AFTERWARDS else verdict}")
 
 
 def report(args):

@@ -88,7 +88,8 @@ def small(tmp_path, monkeypatch):
             "HOT": [f"--lr 0.0004 --minibatches {m} --temperature 1.6" for m in (1, 2, 4)],
             "SHAPES": {"": ("--steps 8 --mix-steps 4 --prompts-per-step 4 --eval-every 4 --eval-n 2", 2),
                        "worth": ("--steps 8 --mix-steps 2 --prompts-per-step 4 --eval-n 2", 1)},
-            "ARMS": {arm: length.ARMS[arm] for arm in ("GRPO", "GRPO, hot", "RAFT warm start", "S2L-PO")},
+            "ARMS": {arm: length.ARMS[arm] for arm in (
+                "GRPO", "GRPO, hot", "GRPO, min-p", "RAFT warm start", "S2L-PO")},
             "fits": lambda found: {"executes": True}}.items():
         monkeypatch.setattr(length, name, value)
     return SimpleNamespace(steps=[5], workers=1)
@@ -108,7 +109,7 @@ def test_the_stages_lead_to_a_report_that_needs_the_published_file_alone(small, 
     assert len(of("pair")) == 2 + 1 and len(of("base")) == len(length.SOURCES)
     best = {item for among in ("", length.FEW, length.MANY)
             for item in length.best_of(length.published(), 5, among).items()}
-    assert len(of("run")) == 2 * 4 * 3 + len(best) + 3 * 2  # searched; confirmed, and with worth.md's setting
+    assert len(of("run")) == 2 * 5 * 3 + len(best) + 3 * 2  # searched; confirmed, and with worth.md's setting
     runs = {job: result for job, result in length.published().items() if job[0] == "run"}
     counts = {job[4]: len(result["withheld"]) for job, result in runs.items()}
     assert counts.pop("S2L-PO, withheld") == 8 and {*counts.values()} == {0}  # a number a step
