@@ -54,10 +54,10 @@ CANDIDATES = {  # steps: (explorer, learner: width, layers; texts, epochs, batch
     20: [((48, 2), (112, 3), 12_000, 10, 64), ((32, 2), (80, 3), 12_000, 10, 16)]}
 PROBLEMS, ROLLOUTS = 128, 32
 
-SETTINGS = [f"--lr {lr} --minibatches {m}" for lr, m in (
-    (4e-4, 1), (8e-4, 1), (1.6e-3, 1), (4e-4, 2), (8e-4, 2), (4e-4, 4), (8e-4, 4))]
-HOT = [f"{setting} --temperature {T}" for T in (1.3, 1.6, 2.2) for setting in SETTINGS]
-MINIBATCHES = {5: (1, 2, 4), 10: (1, 2, 4), 20: (1, 4)}  # steps: how many mini-batches are searched
+RATES = {1: (4e-4, 8e-4, 1.6e-3), 2: (4e-4, 8e-4), 4: (4e-4, 8e-4)}
+GRID = {5: RATES, 10: RATES,  # steps: {mini-batches: learning rates} that each arm is searched at
+        20: {1: (4e-4, 8e-4, 1.6e-3, 3.2e-3), 4: (4e-4, 8e-4, 1.6e-3)}}
+HEATS = (1.3, 1.6, 2.2)  # and "GRPO, hot" at these temperatures
 FEW, MANY = "--minibatches 1", "--minibatches 4"  # settings that S2L-PO and RAFT are compared at too
 SHAPES = {  # of a run, and for how many steps the explorer is alone in ALONE. `worth`: as in docs/worth.md
     "": ("--steps 40 --mix-steps 20 --prompts-per-step 16 --eval-every 4 --eval-n 4", 10),
@@ -317,9 +317,15 @@ def search(args):
         candidate, pairs = chosen(published(), steps)
         make(args, f"{steps} steps, search",
              [("run", steps, candidate, pair, arm, setting, 100) for pair in pairs for arm in ARMS
-              for m in MINIBATCHES[steps] for setting in (HOT if arm == "GRPO, hot" else SETTINGS)
-              if f"--minibatches {m}" in setting])
+              for setting in grid(steps, arm)])
     report(args)
+
+
+def grid(steps, arm):
+    settings = [f"--lr {lr} --minibatches {m}" for m, rates in GRID[steps].items() for lr in rates]
+    if arm == "GRPO, hot":
+        return [f"{setting} --temperature {T}" for T in HEATS for setting in settings]
+    return settings
 
 
 def searched(results, steps, arm, among=""):
@@ -381,7 +387,7 @@ def report_search(results, steps):
     """What each arm reached at its best rate (and temperature) with one, two and four mini-batches."""
     with contextlib.suppress(ValueError):  # not searched yet
         for arm in ARMS:
-            best = [searched(results, steps, arm, f"--minibatches {m}")[0] for m in MINIBATCHES[steps]]
+            best = [searched(results, steps, arm, f"--minibatches {m}")[0] for m in GRID[steps]]
             print(f"{arm:18}" + "".join(f"   {height:.3f} at {setting:44}" for height, setting in best))
 
 

@@ -84,8 +84,7 @@ def small(tmp_path, monkeypatch):
             "SEARCH": (range(50, 52), 2), "CONFIRM": (range(60, 62), 1), "SEEDS": 1,
             "PROBLEMS": 4, "ROLLOUTS": 16,
             "CANDIDATES": {5: [((8, 1), (8, 1), 640, 1, 64)]},
-            "SETTINGS": [f"--lr 0.0004 --minibatches {m}" for m in (1, 2, 4)],
-            "HOT": [f"--lr 0.0004 --minibatches {m} --temperature 1.6" for m in (1, 2, 4)],
+            "GRID": {5: {m: (4e-4,) for m in (1, 2, 4)}}, "HEATS": (1.6,),
             "SHAPES": {"": ("--steps 8 --mix-steps 4 --prompts-per-step 4 --eval-every 4 --eval-n 2", 2),
                        "worth": ("--steps 8 --mix-steps 2 --prompts-per-step 4 --eval-n 2", 1)},
             "ARMS": {arm: length.ARMS[arm] for arm in (
