@@ -86,12 +86,13 @@ def share_of(args, step, explore):
     return explorer_share(step.number, args.mix_steps, args.schedule, args.explorer_share) if explore else 0.0
 
 
-def writer(args, run, model, temperature=1.0, top_p=1.0):
-    """write(prompts, n, generator) -> Rollouts [P, n] by a model. Learner and explorer stop at the stop
-    tokens of either: else a base learner would learn to write an instruct explorer's, and would not stop."""
+def writer(args, run, model, temperature=1.0, **more):
+    """write(prompts, n, generator) -> Rollouts [P, n] by a model; more: settings of `sample`. Learner and
+    explorer stop at the stop tokens of either: else a base learner would learn to write an instruct
+    explorer's, and would not stop."""
     def write(prompts, n, generator):
-        return sample(model, prompts, n, generator, args.max_new_tokens, run.stops, temperature, top_p=top_p,
-                      rows=args.rollout_rows, until=run.until)
+        return sample(model, prompts, n, generator, args.max_new_tokens, run.stops, temperature,
+                      rows=args.rollout_rows, until=run.until, **more)
     return write
 
 
@@ -341,7 +342,7 @@ def open_explorer(args, run):
     run.hashes["explorer"] = fingerprint(explorer.requires_grad_(False), tokenizer, stops)
     run.stops = tuple(sorted({*run.stops, *stops}))
     explorer.compiled = run.learner.compiled
-    write = writer(args, run, explorer, args.explorer_temperature, args.explorer_top_p)
+    write = writer(args, run, explorer, args.explorer_temperature, top_p=args.explorer_top_p)
     return in_its_own_words(args, run, explorer, tokenizer, write)
 
 

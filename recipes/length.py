@@ -35,13 +35,12 @@ from plumbing.family import make_family
 from plumbing.files import write_whole
 from plumbing.pictures import new_figure
 from plumbing.problems import load_problems
-from plumbing.steps import LEARNER
 from plumbing.steps import steps as steps_of
 from plumbing.tasks import OPERATIONS, habit_solution, habit_table
 from plumbing.terminal import one_line
 from plumbing.text import decode, encode_all
 from recipes.claims import area, do, interval, run_quietly, shown
-from recipes.remedies import LOOPS, groups_of
+from recipes.remedies import LOOPS, groups_of, without_rare
 from recipes.worth import by_pair, flops
 from sample import sample
 from train import learn, score_all, writer
@@ -66,12 +65,6 @@ SHAPES = {  # of a run, and for how many steps the explorer is alone in ALONE. `
 
 # ---- sources of diversity ----------------------------------------------------------------------------------
 
-def without_rare(min_p, temperature, logits, ids, lengths):
-    """`sample`'s hook for min-p: tokens less likely than min_p times the likeliest, after temperature."""
-    least = logits.amax(1, keepdim=True) + temperature * np.log(min_p)  # [R, 1]
-    return logits.masked_fill(logits < least, -torch.inf)
-
-
 def hot_at_first(temperature, logits, ids, lengths):
     """`sample`'s hook for a temperature of the first token alone, the method: noise that stays coherent."""
     return torch.where(lengths[:, None] == 0, logits / temperature, logits)
@@ -87,15 +80,6 @@ SOURCES = {  # name: who, and the settings of `sample`
 
 
 # ---- what is trained ---------------------------------------------------------------------------------------
-
-def coherent(args, run, explore):
-    """GRPO whose own noise stays coherent: --temperature with min-p .05."""
-    noise = partial(without_rare, 0.05, args.temperature)
-    for step in steps_of(args, run):
-        learn(run, step, sample(run.learner, step.prompts, args.group_size, step.random(LEARNER),
-                                args.max_new_tokens, run.stops, args.temperature, adjust=noise))
-        keep_books(args, run, step, share=0)
-
 
 BESIDE = 5  # what a random stream is for, after plumbing/steps.py's
 
@@ -128,7 +112,7 @@ RAFT = "RAFT warm start"
 ALONE = "--schedule step --mix-steps {}"  # nearly as many rollouts by the explorer as S2L-PO's
 ARMS = {  # name: (flags, loop)
     "GRPO": ("--explorer none", train.train), "GRPO, hot": ("--explorer none", train.train),
-    "GRPO, min-p": ("--explorer none --temperature 2.2", coherent),
+    "GRPO, min-p": ("--explorer none --temperature 2.2", LOOPS["minp"]),
     "clip-high .28": ("--explorer none --clip-high 0.28", train.train),
     RAFT: (ALONE, LOOPS["raft"]), "abrupt switch": (ALONE, train.train),
     "S2L-PO": ("", train.train), "S2L-PO, hot": ("--temperature 1.6", train.train)}

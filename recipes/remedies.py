@@ -6,12 +6,15 @@
     maxrl     advantages over the group's mean reward, not its standard deviation (arXiv 2602.02710)
     entropy   a bonus of --kl-coef for the learner's entropy
     dynamic   all-fail groups are drawn again, of other problems (DAPO, arXiv 2503.14476)
+    minp      the learner's noise at --temperature stays coherent: min-p .05 (arXiv 2407.01082)
     raft      steps that the explorer writes alone (--schedule step --mix-steps 8) are supervised: RAFT
 
 recipes/worth.py compares them. Shapes: P prompts a step, G rollouts a prompt.
 """
+import math
 import sys
 from dataclasses import replace
+from functools import partial
 
 from anneal import split_group
 from grpo import advantages_of
@@ -86,6 +89,22 @@ def dynamic(args, run, explore, redraws=3):
         keep_books(args, run, step, share=share, tokens_thrown_away=thrown_away)
 
 
+def minp(args, run, explore):
+    coherent = partial(without_rare, 0.05, args.temperature)
+    own = writer(args, run, run.learner, args.temperature, adjust=coherent)
+    for step in steps(args, run):
+        share, rollouts = groups_of(args, step, explore, own)
+        learn(run, step, rollouts)
+        keep_books(args, run, step, share=share)
+
+
+def without_rare(min_p, temperature, logits, ids=None, lengths=None):
+    """`sample`'s hook for min-p, logits [R, V]: no tokens less likely than min_p times the likeliest, after
+    temperature."""
+    least = logits.amax(1, keepdim=True) + temperature * math.log(min_p)  # [R, 1]
+    return logits.masked_fill(logits < least, -math.inf)
+
+
 def raft(args, run, explore):
     """Ratio 1 and A = 1: the gradient is the log-likelihood's. A pass over all successes for each mini-batch
     that the objective has."""
@@ -106,7 +125,8 @@ def successes(rewards, from_explorer, objective):
     return (rewards >= 1).float()
 
 
-LOOPS = {"cooling": cooling, "maxrl": maxrl, "entropy": entropy, "dynamic": dynamic, "raft": raft}
+LOOPS = {"cooling": cooling, "maxrl": maxrl, "entropy": entropy, "dynamic": dynamic, "minp": minp,
+         "raft": raft}
 
 if __name__ == "__main__":
     name, *argv = sys.argv[1:] or ["--help"]

@@ -58,7 +58,7 @@ def test_the_habits_are_those_of_the_corpus():
 def test_min_p_takes_what_is_rarer_than_a_share_of_the_likeliest():
     logits = torch.tensor([[0.0, -1.0, -2.0, -6.0]])
     for temperature, kept in ((1.0, 2), (2.0, 3)):  # e^-1 and e^-2 of the likeliest; at 2 their roots
-        left = length.without_rare(0.2, temperature, logits, None, None)
+        left = length.without_rare(0.2, temperature, logits)
         assert (left > -torch.inf).sum() == kept
         p = (logits / temperature).softmax(-1)
         assert ((p >= 0.2 * p.max()) == (left > -torch.inf)).all()

@@ -350,6 +350,7 @@ def test_loops_at_share_0_are_plain_grpo_to_the_bit(name, family, tmp_path, monk
     _, *plain = run_here(family, tmp_path / "plain", *more)
     with monkeypatch.context() as patch:  # without the loop's own idea
         patch.setattr(remedies, "maxrl_advantages", grpo.advantages_of)
+        patch.setattr(remedies, "without_rare", lambda min_p, temperature, logits, ids, lengths: logits)
         alone = partial(loop, redraws=0) if name == "dynamic" else loop
         none = run_here(family, tmp_path / "none", *more, loop=alone)
         patch.setattr(measured, "measured_share", lambda history: 0.0)
