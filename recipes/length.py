@@ -375,24 +375,35 @@ def report_search(results, steps):
             print(f"{arm:18}" + "".join(f"   {height:.3f} at {setting:44}" for height, setting in best))
 
 
+def solved_there(learner, strict):
+    """Of the learner's groups of 16 that fail: on what share a group of 16 of the other source has a success.
+    Both: right ones of ROLLOUTS for each problem."""
+    passes, solves = (np.array([pass_at_k([c], ROLLOUTS, ROLLOUTS // 2) for c in right])
+                      for right in (learner, strict))
+    return ((1 - passes) * solves).sum() / max((1 - passes).sum(), 1e-9)
+
+
 def report_base(results, steps):
-    """The table of the sources; `there`: the share right on problems where the learner's groups of 16 fail.
-    Returns {source: (pass@16, share that changes its method)}."""
+    """The table of the sources. Where the learner's groups of 16 fail: `there`, the share of a source's
+    rollouts that is right, and `groups`, the share of its groups of 16 with a right one. Returns {source:
+    (pass@16, share that changes its method)}."""
     ends, keys = {}, ("executed", "habit", "changed", "method entropy", "mutual information")
     print(f"\n{steps} steps{'':20}" + "".join(f"{f'@{k}':>7}" for k in powers_of_two(ROLLOUTS))
-          + f"{'there':>8}" + "".join(f"{key:>20}" for key in (*keys, "first error at")))
+          + f"{'there':>8}{'groups':>8}" + "".join(f"{key:>20}" for key in (*keys, "first error at")))
     of = {source: [result for job, result in sorted(results.items(), key=str)
                    if job[:2] == ("base", steps) and job[4] == source] for source in SOURCES}  # of each pair
     for source, found in of.items():
         if found:
-            there = [headroom(learner["strict"], result["strict"], ROLLOUTS, ROLLOUTS // 2)[1]
-                     for learner, result in zip(of["learner, T 1"], found)]
+            there, groups = np.mean([
+                (headroom(learner["strict"], result["strict"], ROLLOUTS, ROLLOUTS // 2)[1],
+                 solved_there(learner["strict"], result["strict"]))
+                for learner, result in zip(of["learner, T 1"], found)], axis=0)
             means = {key: np.mean([result[key] for result in found]) for key in keys}
             heights = curve(sum((result["strict"] for result in found), []))
             ends[source] = heights[4], means["changed"]
             errors = np.mean([result["first error"] for result in found], axis=0)[:-1]  # without "none"
             first = f"{(errors * np.arange(1, steps + 1)).sum() / max(errors.sum(), 1e-9):.1f}"
-            print(f"{source:28}" + "".join(f"{x:7.3f}" for x in heights) + f"{np.mean(there):8.4f}"
+            print(f"{source:28}" + "".join(f"{x:7.3f}" for x in heights) + f"{there:8.4f}{groups:8.3f}"
                   + "".join(f"{mean:20.3f}" for mean in means.values()) + f"{first:>20}")
     return ends
 
