@@ -492,7 +492,8 @@ def report(args):
          [steps for steps, part in found if part == ""])
 
 
-SHOWN = {"GRPO": "#000000", "GRPO, hot": "#e69f00", RAFT: "#009e73", "S2L-PO": "#0072b2"}  # Okabe and Ito's
+SHOWN = {"GRPO": "#000000", "GRPO, hot": "#e69f00", "GRPO, min-p": "#cc79a7", RAFT: "#009e73",
+         "S2L-PO": "#0072b2"}  # Okabe and Ito's
 
 
 def draw(path, results, ends, trained):
