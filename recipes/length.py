@@ -58,6 +58,7 @@ GRID = {5: RATES, 10: RATES,  # steps: {mini-batches: learning rates} that each 
         20: {1: (4e-4, 8e-4, 1.6e-3, 3.2e-3), 4: (4e-4, 8e-4, 1.6e-3)}}
 HEATS = (1.3, 1.6, 2.2)  # and "GRPO, hot" at these temperatures
 FEW, MANY = "--minibatches 1", "--minibatches 4"  # settings that S2L-PO and RAFT are compared at too
+WORTH = {m: f"as docs/worth.md with --minibatches {m}" for m in (2, 1)}
 SHAPES = {  # of a run, and for how many steps the explorer is alone in ALONE. `worth`: as in docs/worth.md
     "": ("--steps 40 --mix-steps 20 --prompts-per-step 16 --eval-every 4 --eval-n 4", 10),
     "worth": ("--steps 96 --mix-steps 16 --prompts-per-step 8 --eval-every 8 --eval-n 16", 8)}
@@ -92,10 +93,11 @@ def withheld(args, run, explore):
         share, rollouts = groups_of(args, step, explore, own)
         beside = own(step.prompts, args.group_size, step.random(BESIDE))
         alone = score_all(step.problems, decode(beside, run.tokenizer))[..., 0].sum(1) > 0  # [P]
-        learn(run, step, rollouts, advantages=partial(without, alone))
+        learn(run, step, rollouts, advantages=partial(withheld_advantages, alone))
         right = step.scores[..., 0]  # [P, G]
         only = (right > 0).any(1) & ~solved(alone, right, rollouts.from_explorer.cpu())
-        keep_books(args, run, step, share=share, groups_withheld=int(only.sum()))
+        keep_books(args, run, step, share=share, groups_withheld=int(only.sum()),
+                   tokens_thrown_away=int(beside.lengths.sum()))
 
 
 def solved(alone, rewards, from_explorer):
@@ -103,7 +105,7 @@ def solved(alone, rewards, from_explorer):
     return alone | ((rewards > 0) & ~from_explorer).any(1)
 
 
-def without(alone, rewards, from_explorer, objective):
+def withheld_advantages(alone, rewards, from_explorer, objective):
     """A [P, G] that is 0 where the learner does not solve the problem."""
     return advantages_of(rewards, from_explorer, objective) * solved(alone, rewards, from_explorer)[:, None]
 
@@ -201,8 +203,9 @@ def trained(steps, candidate, pair, arm, setting, seed, shape=""):
     size = {who: sum(p.numel() for p in load(base / who)[0].parameters()) for who in ("learner", "explorer")}
     rows = args.prompts_per_step * args.group_size
     of = lambda cost: np.cumsum([cost(line) if line["step"] else 0 for line in run.history])
-    passes = 8 if args.minibatches > 1 else 6  # pi_old's is made with several alone
-    cost = partial(flops, size=size, passes=passes)
+    supervised = lambda line: loop is LOOPS["raft"] and line["share"] == 1
+    passes = lambda line: 6 if args.minibatches == 1 or supervised(line) else 8  # with pi_old's forward pass
+    cost = lambda line: flops(line, size, passes(line))
     idle_too = lambda line: cost(line | {  # RAFT's passes over successes may be more
         "tokens_trained": max(line["tokens_trained"], rows * line["length"])})
     seconds = lambda line: sum(x for key, x in line.items() if key.startswith("seconds_"))
@@ -348,7 +351,7 @@ def confirm(args):
         jobs = [("run", steps, candidate, pair, arm, setting, seed) for seed in seeds for pair in pairs
                 for settings in best for arm, setting in settings.items()]
         jobs += [("run", steps, candidate, pair, arm, setting, seed, "worth")
-                 for seed in seeds for pair in pairs for m in (2, 1) if steps == 5
+                 for seed in seeds for pair in pairs for m in WORTH if steps == 5
                  for arm, setting in as_worth(m).items()]
         make(args, f"{steps} steps, confirm", jobs)
     report(args)
@@ -369,17 +372,19 @@ def report_models(results, steps):
 
 def report_search(results, steps):
     """What each arm reached at its best rate (and temperature) with one, two and four mini-batches."""
-    with contextlib.suppress(ValueError):  # not searched yet
-        for arm in ARMS:
+    for arm in ARMS:
+        with contextlib.suppress(ValueError):  # not searched yet
             best = [searched(results, steps, arm, f"--minibatches {m}")[0] for m in GRID[steps]]
             print(f"{arm:18}" + "".join(f"   {height:.3f} at {setting:44}" for height, setting in best))
 
 
 def solved_there(learner, strict):
-    """Of the learner's groups of 16 that fail: on what share a group of 16 of the other source has a success.
-    Both: right ones of ROLLOUTS for each problem."""
+    """On what share of the learner's groups of 16 that fail another group of 16 has a success: of another
+    source, or of the learner itself if `strict` is `learner`. Both: right ones of ROLLOUTS by problem."""
     passes, solves = (np.array([pass_at_k([c], ROLLOUTS, ROLLOUTS // 2) for c in right])
                       for right in (learner, strict))
+    if strict is learner:  # the other 16 of its 32 rollouts have all that are right
+        solves = np.array(learner) > 0
     return ((1 - passes) * solves).sum() / max((1 - passes).sum(), 1e-9)
 
 
@@ -394,10 +399,10 @@ def report_base(results, steps):
                    if job[:2] == ("base", steps) and job[4] == source] for source in SOURCES}  # of each pair
     for source, found in of.items():
         if found:
-            there, groups = np.mean([
-                (headroom(learner["strict"], result["strict"], ROLLOUTS, ROLLOUTS // 2)[1],
-                 solved_there(learner["strict"], result["strict"]))
-                for learner, result in zip(of["learner, T 1"], found)], axis=0)
+            which = 2 if source == "learner, T 1" else 1  # of headroom's
+            pairs = [(own["strict"], result["strict"]) for own, result in zip(of["learner, T 1"], found)]
+            there = np.mean([headroom(*pair, ROLLOUTS, ROLLOUTS // 2)[which] for pair in pairs])
+            groups = np.mean([solved_there(*pair) for pair in pairs])
             means = {key: np.mean([result[key] for result in found]) for key in keys}
             heights = curve(sum((result["strict"] for result in found), []))
             ends[source] = heights[4], means["changed"]
@@ -416,7 +421,8 @@ def runs_of(results, steps, arm, setting, shape=""):
 
 
 def endpoints(run, reference):
-    """Area over all steps; at step 8; at the end; area up to what the reference's run spent."""
+    """Area over all steps; at step 8; at the end; area up to what the reference's run spent (a run that ends
+    before keeps its last value); how many groups `withheld` withheld."""
     at = lambda cost: area(np.interp(np.linspace(0, reference[cost][-1], 193), run[cost], run["strict@1"]))
     return {"area": area(run["strict@1"]), "at 8": run["strict@1"][run["step"].index(8)],
             "end": run["strict@1"][-1], **{f"equal {cost}": at(cost) for cost in (
@@ -424,8 +430,8 @@ def endpoints(run, reference):
 
 
 def report_runs(results, steps, settings, shape=""):
-    """Of an arm of settings {arm: setting} its means, and differences to S2L-PO. ValueError if an arm has not
-    all of its runs."""
+    """Prints the means of each arm of settings {arm: setting} and its differences to S2L-PO. Returns {arm:
+    {endpoint: [pairs, seeds]}}. ValueError if an arm has not all of its runs."""
     found, reference = {}, runs_of(results, steps, "S2L-PO", settings["S2L-PO"], shape)
     for arm in sorted(settings, key=lambda arm: arm != "S2L-PO"):
         runs = runs_of(results, steps, arm, settings[arm], shape)
@@ -436,7 +442,8 @@ def report_runs(results, steps, settings, shape=""):
         found[arm] = {name: by_pair({key: row[name] for key, row in each.items()}) for name in names}
         print(f"{arm}, {settings[arm]}\n" + "".join(f"    {name:20}{x.mean():8.3f}" + (
             f"   less S2L-PO's {shown(*interval(x - found['S2L-PO'][name]))}, "
-            f"won {(x > found['S2L-PO'][name]).sum()} of {x.size}" if arm != "S2L-PO" else "") + "\n"
+            f"won {(x > found['S2L-PO'][name]).sum()} of {x.size}"
+            if arm != "S2L-PO" and name != "withheld" else "") + "\n"
             for name, x in found[arm].items() if name != "withheld" or x.any()), end="")
     return found
 
@@ -447,7 +454,7 @@ HYPOTHESES = {  # name: endpoint, (steps, settings), its first arm, its second, 
     "a3": ("area", (20, ""), "S2L-PO", "GRPO, hot", 5),
     "b1": ("area", (10, FEW), "S2L-PO", RAFT, None), "b2": ("area", (10, MANY), RAFT, "S2L-PO", None),
     "b3": ("area", (20, FEW), "S2L-PO", RAFT, None), "b4": ("area", (20, MANY), RAFT, "S2L-PO", None),
-    "c1": ("area", (5, 2), RAFT, "S2L-PO", None), "c2": ("area", (5, 1), "S2L-PO", RAFT, None),
+    "c1": ("area", (5, WORTH[2]), RAFT, "S2L-PO", None), "c2": ("area", (5, WORTH[1]), "S2L-PO", RAFT, None),
     "d1": ("area", (10, ""), "GRPO, min-p", "GRPO, hot", None),
     "d2": ("area", (20, ""), "GRPO, min-p", "GRPO, hot", None),
     "d3": ("area", (10, ""), "S2L-PO", "GRPO, min-p", None),
@@ -456,15 +463,15 @@ AFTERWARDS = {"a in area": ("area", (10, ""), "S2L-PO", "GRPO, hot", 5)}  # look
 
 
 def verdicts(found):
-    """The plan's hypotheses, of {(steps, settings): {arm: endpoints}}, where their runs are there."""
+    """The plan's hypotheses, of what report_runs returned by (steps, settings)."""
     for name, (key, (steps, part), first, second, shorter) in (HYPOTHESES | AFTERWARDS).items():
         less = lambda at: found[at][first][key] - found[at][second][key]
-        what = f"{name}. {steps} steps {part}, {key}: {first} - {second}"
+        what = f"{name}. {steps} steps{part and ', '}{part}, {key}: {first} - {second}"
         what += f", and less the same with {shorter}" if shorter else ""
         try:
             mean, half = interval(less((steps, part)) - (less((shorter, part)) if shorter else 0))
         except KeyError:
-            print(f"{what}: its runs are not there")
+            print(f"{what}: not among --steps, or runs are missing")
             continue
         sure = half is not None and abs(mean) > half
         verdict = ("confirmed" if mean > 0 else "refuted") if sure else "not shown"
@@ -472,24 +479,24 @@ def verdicts(found):
 
 
 def report(args):
-    results, success, found = published(), {}, {}
+    results, ends, found = published(), {}, {}
     for steps in args.steps:
         report_models(results, steps)
-        success[steps] = report_base(results, steps)
+        ends[steps] = report_base(results, steps)
         report_search(results, steps)
-        best = [(among, partial(best_of, results, steps, among), "") for among in ("", FEW, MANY)]
-        worth = [(m, partial(as_worth, m), "worth") for m in (2, 1) if steps == 5]
-        for part, settings, shape in best + worth:
-            what = f"with docs/worth.md's setting, {part} mini-batches" if shape else f"at best {part}"
-            print(f"\n{steps} steps, {what}")
+        parts = [(among, partial(best_of, results, steps, among), "") for among in ("", FEW, MANY)]
+        parts += [(WORTH[m], partial(as_worth, m), "worth") for m in WORTH if steps == 5]
+        for part, settings, shape in parts:
+            print(f"\n{steps} steps, {part or 'each arm at its best setting'}")
             try:
                 found[steps, part] = report_runs(results, steps, settings(), shape)
             except ValueError as missing:
                 print(missing)
     print()
     verdicts(found)
-    draw(ASSETS.with_name("length.png"), results, {steps: ends for steps, ends in success.items() if ends},
-         [steps for steps, part in found if part == ""])
+    if args.steps == [*CANDIDATES]:
+        draw(ASSETS.with_name("length.png"), results, {steps: of for steps, of in ends.items() if of},
+             [steps for steps, part in found if part == ""])
 
 
 SHOWN = {"GRPO": "#000000", "GRPO, hot": "#e69f00", "GRPO, min-p": "#cc79a7", RAFT: "#009e73",

@@ -9,7 +9,7 @@
     minp      the learner's noise at --temperature stays coherent: min-p .05 (arXiv 2407.01082)
     raft      steps that the explorer writes alone (--schedule step --mix-steps 8) are supervised: RAFT
 
-recipes/worth.py compares them. Shapes: P prompts a step, G rollouts a prompt.
+recipes/worth.py compares them, and recipes/length.py min-p. Shapes: P prompts a step, G rollouts a prompt.
 """
 import math
 import sys
@@ -90,6 +90,7 @@ def dynamic(args, run, explore, redraws=3):
 
 
 def minp(args, run, explore):
+    """Ratios are those of the whole softmax at --temperature: nothing corrects for the tokens left out."""
     coherent = partial(without_rare, 0.05, args.temperature)
     own = writer(args, run, run.learner, args.temperature, adjust=coherent)
     for step in steps(args, run):

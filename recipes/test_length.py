@@ -70,7 +70,7 @@ def test_only_groups_that_the_explorer_alone_solved_are_withheld():
     from_explorer = torch.tensor([[True, False]] * 4)
     alone = torch.tensor([False, True, False, False])
     whole = length.advantages_of(rewards, from_explorer, Objective())
-    kept = length.without(alone, rewards, from_explorer, Objective())
+    kept = length.withheld_advantages(alone, rewards, from_explorer, Objective())
     assert (whole[:3] != 0).all() and (kept[0] == 0).all() and torch.equal(kept[1:], whole[1:])
 
 
