@@ -100,7 +100,8 @@ def work(job):
 
 
 def flops(line, size, passes=8):
-    """Of a step, as the docstring above says. passes: FLOPs of a trained token, over the parameters."""
+    """Of a step, as the docstring above says. passes: FLOPs of a trained token, over the parameters
+    (6 without pi_old's forward pass)."""
     tokens = {who: line[f"rollouts_{who}"] * (line[f"length_{who}"] or 0) for who in size}
     tokens["learner"] += line.get("tokens_thrown_away", 0)
     trained = passes * size["learner"] * line["tokens_trained"]
