@@ -513,7 +513,7 @@ def draw(path, results, ends, trained):
         for source in SOURCES:
             panel.plot([*ends], [found[source][i] for found in ends.values()], marker="o", label=source)
         panel.set(xlabel="steps in a solution", ylabel=f"base models: {what}", xticks=[*ends])
-    panels[0].legend(fontsize=6, loc="upper right", bbox_to_anchor=(1, 0.9))
+    panels[0].legend(fontsize=6, loc="upper right", bbox_to_anchor=(1, 0.85))
     for panel, steps in zip(panels[2:], trained):
         for arm, color in SHOWN.items():
             runs = [*runs_of(results, steps, arm, best_of(results, steps)[arm]).values()]
