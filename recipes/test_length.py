@@ -74,6 +74,13 @@ def test_only_groups_that_the_explorer_alone_solved_are_withheld():
     assert (whole[:3] != 0).all() and (kept[0] == 0).all() and torch.equal(kept[1:], whole[1:])
 
 
+def test_on_failing_groups_the_learner_has_only_its_other_rollouts():
+    """The rollouts of a failed group, drawn as if they were new, make the learner look worse than it is."""
+    learner, other = [0, 1], [32, 0]  # right ones of 32: groups of 16 fail always, and in half of the draws
+    assert length.solved_there(learner, other) == pytest.approx(1 / 1.5)
+    assert length.solved_there(learner, learner) == pytest.approx(0.5 / 1.5)
+
+
 @pytest.fixture
 def small(tmp_path, monkeypatch):
     """The stages with models that have hardly learnt anything, in this process."""
@@ -118,3 +125,11 @@ def test_the_stages_lead_to_a_report_that_needs_the_published_file_alone(small, 
     length.confirm(small)
     length.report(small)
     assert said.split("\n5 steps, pairs")[-1][-400:] in capsys.readouterr().out
+
+
+def test_supervised_steps_pay_for_no_pi_old(small, monkeypatch):
+    """Charged for it, the warm start seemed behind by FLOPs where it is level."""
+    seen = set()
+    monkeypatch.setattr(length, "flops", lambda line, size, passes: seen.add((line["share"], passes)) or 0)
+    length.trained(5, 0, 50, length.RAFT, "--lr 0.0004 --minibatches 4", 0)
+    assert seen == {(1, 6), (0, 8)}
