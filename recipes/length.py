@@ -1,13 +1,13 @@
 """Does coherent exploration beat token noise where solutions are long? The plan: docs/length.md.
 
-    python -m recipes.length models      sizes and epochs for each number of steps, by the plan's rule
+    python -m recipes.length models      sizes, epochs and batch size for each length, by the plan's rule
     python -m recipes.length base        no training: pass@k and coherence of each source of diversity
     python -m recipes.length search      every arm at all of its settings, on search pairs
     python -m recipes.length confirm     every arm at its best setting on fresh pairs
     python -m recipes.length report      tables, verdicts, picture, from assets/length/results.json.gz alone
 
-Every stage takes `--steps 5 10` to look at some lengths only. The task is `habit` with that many steps in a
-solution. A *job* makes a pair of models, measures one or trains one, and leaves a JSON file under
+Every stage takes `--steps 5 10` to look at some lengths only, without the picture. The task is `habit` with
+that many steps in a solution. A *job* makes a pair of models, measures or trains one, and leaves a file under
 runs/length. All are published together, and what is published is not made again. An interrupted command goes
 on where it stopped.
 
