@@ -2,11 +2,11 @@
 
     python bench/gpu.py                     every part; the report is also written to gpu-report.txt
     python bench/gpu.py --only waits draws  some of them
-    python bench/gpu.py --device cpu        the same at small sizes, in 2 minutes: that the script itself works
+    python bench/gpu.py --device cpu        the same at small sizes, in 2 minutes: that the script works
 
-A line says PASS or DIFFERS where something must hold, else it has a figure to compare. Each part stands alone.
-None needs a network, as weights are random. Where a part fails the report says why, and the next one runs. Exit
-code 1 if anything differs.
+A line says PASS or DIFFERS where something must hold, else it has a figure to compare. Each part stands
+alone. None needs a network, as weights are random. Where a part fails the report says why, and the next one
+runs. Exit code 1 if anything differs.
 """
 import argparse
 import itertools
@@ -116,8 +116,8 @@ def runs():
             done = subprocess.run([sys.executable, *flags.split(), *more], cwd=ROOT, capture_output=True,
                                   text=True, env=os.environ | {"CUDA_LAUNCH_BLOCKING": "1"})
             last = done.stderr.strip().splitlines()[-1:]
-            say(f"train.py {' '.join(more)}", f"exit code {done.returncode} {last if done.returncode else ''}",
-                not done.returncode)
+            say(f"train.py {' '.join(more)}",
+                f"exit code {done.returncode} {last if done.returncode else ''}", not done.returncode)
             line = json.loads(Path(place, name, "metrics.jsonl").read_text().splitlines()[-1])
             fine = math.isfinite(line["loss"]) and (line["grad_norm"] > 0 or not gpu)  # small: no rewards
             say("  reward, gradient's norm, gap of the learner's log-probs",
@@ -179,7 +179,8 @@ def draws():
     sizes = [(~outside(p, 0.95)).sum(1) for outside in (nucleus.by_bisection, nucleus.by_sorting)]
     apart = (sizes[0] - sizes[1]).abs().max().item()
     largest = sizes[1].max().item()
-    say("tokens that the nucleus differs by, of the largest", f"{apart} of {largest}", apart <= 0.001 * largest)
+    say("tokens that the nucleus differs by, of the largest", f"{apart} of {largest}",
+        apart <= 0.001 * largest)
     times = interleaved({"bisection": lambda: nucleus.by_bisection(p, 0.95),
                          "sorting": lambda: nucleus.by_sorting(p, 0.95)})
     say(f"top-p of {len(p)} rows x {vocabulary:,}: bisection, sorting",
@@ -292,7 +293,8 @@ def decoding():
 def generate(config, rows, prompts, new):
     from transformers import AutoConfig, AutoModelForCausalLM
     with torch.device(device):
-        twin = AutoModelForCausalLM.from_config(AutoConfig.for_model(**full(config))).to(torch.bfloat16).eval()
+        twin = AutoModelForCausalLM.from_config(AutoConfig.for_model(**full(config)))
+    twin = twin.to(torch.bfloat16).eval()
     ids = torch.tensor(prompts, device=device).repeat_interleave(8, 0)
     options = dict(attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, pad_token_id=0,
                    eos_token_id=None)
@@ -343,7 +345,8 @@ def memory():
         torch.cuda.reset_peak_memory_stats()
         call()
         peak = torch.cuda.max_memory_allocated()
-        say(f"peak memory of {name}: measured, of the plan's", f"{peak / 2 ** 30:.2f} GiB, {peak / plans:.2f}")
+        say(f"peak memory of {name}: measured, of the plan's",
+            f"{peak / 2 ** 30:.2f} GiB, {peak / plans:.2f}")
 
 
 PARTS = versions, same, runs, gap, waits, draws, memory_runs_out, attention, graphs, decoding, kernel, memory

@@ -237,9 +237,11 @@ def masks_and_options(monkeypatch, call):
 
 
 @pytest.mark.parametrize("call", [
-    lambda: sampled("cuda", 4, tokens=19, rows=8, dtype=torch.bfloat16), lambda: updated(micro_batch_tokens=60)])
+    lambda: sampled("cuda", 4, tokens=19, rows=8, dtype=torch.bfloat16),
+    lambda: updated(micro_batch_tokens=60)])
 def test_masks_lie_as_a_gpu_wants_them(call, monkeypatch):
-    """CUDA's attention copies a mask whose rows do not begin at multiples of 8, in every layer, and keeps it."""
+    """CUDA's attention copies a mask whose rows do not begin at multiples of 8, in every layer, and keeps
+    the copy."""
     masks = [mask for _, mask, _ in masks_and_options(monkeypatch, call) if mask is not None]
     prompts_alone = [mask for mask in masks if mask.dim() == 2]  # a single one for all rows
     assert len(masks) > len(prompts_alone)
@@ -284,7 +286,7 @@ def test_the_nucleus_is_the_same_by_sorting_and_by_bisection():
                             for outside in (nucleus.by_bisection, nucleus.by_sorting))
             assert torch.equal(ours, theirs)  # of equal ones either may be kept, but as many
             least = torch.where(ours > 0, ours, 2.0).amin(1)
-            assert (ours.sum(1) >= top_p).all() and (ours.sum(1) - least < top_p).all()  # the smallest such set
+            assert (ours.sum(1) >= top_p).all() and (ours.sum(1) - least < top_p).all()  # the smallest one
 
 
 def test_no_device_draws_a_token_of_probability_0(monkeypatch):
@@ -339,7 +341,8 @@ def test_what_was_sampled_can_be_trained_on():
     rollouts = sampled(top_p=0.9)
     assert not any(getattr(rollouts, name).is_inference() for name in vars(rollouts))
     _, learner = updated("cpu")
-    assert not torch.equal(learner.layers[0].mlp.down_proj.weight, tiny_model().layers[0].mlp.down_proj.weight)
+    weight = lambda model: model.layers[0].mlp.down_proj.weight
+    assert not torch.equal(weight(learner), weight(tiny_model()))
 
 
 def test_what_was_decided_about_cudas_arithmetic():
