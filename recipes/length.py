@@ -50,12 +50,13 @@ SEARCH, CONFIRM, SEEDS = (range(50, 54), 2), (range(60, 80), 6), 2  # pairs: whe
 CANDIDATES = {  # steps: (explorer, learner: width, layers; texts, epochs, batch size), the cheapest first
     5: [((32, 2), (64, 3), 12_000, 10, 64)],
     10: [((32, 2), (64, 3), 12_000, 10, 64), ((32, 2), (80, 3), 12_000, 10, 64)],
-    20: [((48, 2), (112, 3), 12_000, 10, 64), ((32, 2), (80, 3), 12_000, 10, 16)]}
+    20: [((48, 2), (112, 3), 12_000, 10, 64), ((32, 2), (80, 3), 12_000, 10, 16)],
+    40: [((32, 2), (80, 3), 12_000, 5, 8), ((32, 2), (80, 3), 12_000, 10, 16)]}
 PROBLEMS, ROLLOUTS = 128, 32
 
 RATES = {1: (4e-4, 8e-4, 1.6e-3), 2: (4e-4, 8e-4), 4: (4e-4, 8e-4)}
-GRID = {5: RATES, 10: RATES,  # steps: {mini-batches: learning rates} that each arm is searched at
-        20: {1: (4e-4, 8e-4, 1.6e-3, 3.2e-3), 4: (4e-4, 8e-4, 1.6e-3)}}
+LONG = {1: (4e-4, 8e-4, 1.6e-3, 3.2e-3), 4: (4e-4, 8e-4, 1.6e-3)}
+GRID = {5: RATES, 10: RATES, 20: LONG, 40: LONG}  # steps: {mini-batches: rates} that an arm is searched at
 HEATS = (1.3, 1.6, 2.2)  # and "GRPO, hot" at these temperatures
 FEW, MANY = "--minibatches 1", "--minibatches 4"  # settings that S2L-PO and RAFT are compared at too
 WORTH = {m: f"as docs/worth.md with --minibatches {m}" for m in (2, 1)}
