@@ -19,6 +19,7 @@ import gzip
 import json
 import os
 import random
+import re
 import shutil
 from functools import partial
 from pathlib import Path
@@ -59,6 +60,7 @@ LONG = {1: (4e-4, 8e-4, 1.6e-3, 3.2e-3), 4: (4e-4, 8e-4, 1.6e-3)}
 GRID = {5: RATES, 10: RATES, 20: LONG, 40: LONG}  # steps: {mini-batches: rates} that an arm is searched at
 HEATS = (1.3, 1.6, 2.2)  # and "GRPO, hot" at these temperatures
 FEW, MANY = "--minibatches 1", "--minibatches 4"  # settings that S2L-PO and RAFT are compared at too
+HALF = "some arms at half their best rate"  # with twenty steps, where many arms collapse at their best
 WORTH = {m: f"as docs/worth.md with --minibatches {m}" for m in (2, 1)}
 SHAPES = {  # of a run, and for how many steps the explorer is alone in ALONE. `worth`: as in docs/worth.md
     "": ("--steps 40 --mix-steps 20 --prompts-per-step 16 --eval-every 4 --eval-n 4", 10),
@@ -335,6 +337,12 @@ def best_of(results, steps, among=""):
     return arms | {arm: arms["S2L-PO"] for arm in ABLATIONS if not among}
 
 
+def halved(results, steps):
+    """{arm: setting} of the arms that the picture shows, at half their best rate."""
+    best, half = best_of(results, steps), lambda rate: f"--lr {float(rate[1]) / 2:g}"
+    return {arm: re.sub(r"--lr (\S+)", half, best[arm]) for arm in SHOWN}
+
+
 def as_worth(minibatches):
     """{arm: setting} of docs/worth.md's first arms, with so many mini-batches."""
     rates = {"S2L-PO": 4e-4, "GRPO": 8e-4, RAFT: 4e-4}
@@ -343,11 +351,12 @@ def as_worth(minibatches):
 
 def confirm(args):
     """Each arm at its best setting; S2L-PO and RAFT with one mini-batch and four too; at 5 steps also
-    docs/worth.md's setting."""
+    docs/worth.md's setting, at 20 half the best rate."""
     for steps in args.steps:
         results = published()
         candidate, _ = chosen(results, steps)
         best = [best_of(results, steps, among) for among in ("", FEW, MANY)]
+        best += [halved(results, steps)] if steps == 20 else []
         pairs, seeds = qualified(args, steps, candidate, *CONFIRM), range(SEEDS)
         jobs = [("run", steps, candidate, pair, arm, setting, seed) for seed in seeds for pair in pairs
                 for settings in best for arm, setting in settings.items()]
@@ -460,7 +469,11 @@ HYPOTHESES = {  # name: endpoint, (steps, settings), its first arm, its second, 
     "d2": ("area", (20, ""), "GRPO, min-p", "GRPO, hot", None),
     "d3": ("area", (10, ""), "S2L-PO", "GRPO, min-p", None),
     "d4": ("area", (20, ""), "S2L-PO", "GRPO, min-p", None)}
-AFTERWARDS = {"a in area": ("area", (10, ""), "S2L-PO", "GRPO, hot", 5)}  # looked at when the runs were there
+AFTERWARDS = {  # what was looked at when the planned runs were there
+    "a in area": ("area", (10, ""), "S2L-PO", "GRPO, hot", 5),
+    "a at half": ("area", (20, HALF), "S2L-PO", "GRPO, hot", None),
+    "d at half": ("area", (20, HALF), "GRPO, min-p", "GRPO, hot", None),
+    "e at half": ("area", (20, HALF), "S2L-PO", "GRPO, min-p", None)}
 
 
 def verdicts(found):
@@ -487,6 +500,7 @@ def report(args):
         report_search(results, steps)
         parts = [(among, partial(best_of, results, steps, among), "") for among in ("", FEW, MANY)]
         parts += [(WORTH[m], partial(as_worth, m), "worth") for m in WORTH if steps == 5]
+        parts += [(HALF, partial(halved, results, steps), "")] if steps == 20 else []
         for part, settings, shape in parts:
             print(f"\n{steps} steps, {part or 'each arm at its best setting'}")
             try:
