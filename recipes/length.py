@@ -432,17 +432,19 @@ def runs_of(results, steps, arm, setting, shape=""):
 
 def endpoints(run, reference):
     """Area over all steps; at step 8; at the end; area up to what the reference's run spent (a run that ends
-    before keeps its last value); how many groups `withheld` withheld."""
+    before keeps its last value); how many groups `withheld` withheld; 1 if the run collapsed, else 0."""
     at = lambda cost: area(np.interp(np.linspace(0, reference[cost][-1], 193), run[cost], run["strict@1"]))
     return {"area": area(run["strict@1"]), "at 8": run["strict@1"][run["step"].index(8)],
             "end": run["strict@1"][-1], **{f"equal {cost}": at(cost) for cost in (
-                "flops", "flops of all", "seconds")}, "withheld": sum(run["withheld"])}
+                "flops", "flops of all", "seconds")}, "withheld": sum(run["withheld"]),
+            "collapsed": float(max(run["strict@1"]) - run["strict@1"][-1] > 0.2)}
 
 
 def report_runs(results, steps, settings, shape=""):
     """Prints the means of each arm of settings {arm: setting} and its differences to S2L-PO. Returns {arm:
     {endpoint: [pairs, seeds]}}. ValueError if an arm has not all of its runs."""
-    found, reference = {}, runs_of(results, steps, "S2L-PO", settings["S2L-PO"], shape)
+    found, counts = {}, ("withheld", "collapsed")
+    reference = runs_of(results, steps, "S2L-PO", settings["S2L-PO"], shape)
     for arm in sorted(settings, key=lambda arm: arm != "S2L-PO"):
         runs = runs_of(results, steps, arm, settings[arm], shape)
         if len(runs) < CONFIRM[1] * SEEDS or runs.keys() != reference.keys():
@@ -453,8 +455,8 @@ def report_runs(results, steps, settings, shape=""):
         print(f"{arm}, {settings[arm]}\n" + "".join(f"    {name:20}{x.mean():8.3f}" + (
             f"   less S2L-PO's {shown(*interval(x - found['S2L-PO'][name]))}, "
             f"won {(x > found['S2L-PO'][name]).sum()} of {x.size}"
-            if arm != "S2L-PO" and name != "withheld" else "") + "\n"
-            for name, x in found[arm].items() if name != "withheld" or x.any()), end="")
+            if arm != "S2L-PO" and name not in counts else "") + "\n"
+            for name, x in found[arm].items() if name not in counts or x.any()), end="")
     return found
 
 
