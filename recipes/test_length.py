@@ -81,6 +81,14 @@ def test_on_failing_groups_the_learner_has_only_its_other_rollouts():
     assert length.solved_there(learner, learner) == pytest.approx(0.5 / 1.5)
 
 
+def test_a_run_that_ends_far_below_its_best_has_collapsed():
+    run = {"step": [0, 8, 16], "strict@1": [0.4, 0.9, 0.1], "withheld": [2, 1]} | {
+        cost: [0, 1, 2] for cost in ("flops", "flops of all", "seconds")}
+    found = length.endpoints(run, run)
+    assert (found["collapsed"], found["at 8"], found["end"], found["withheld"]) == (1, 0.9, 0.1, 3)
+    assert length.endpoints(run | {"strict@1": [0.4, 0.9, 0.75]}, run)["collapsed"] == 0
+
+
 @pytest.fixture
 def small(tmp_path, monkeypatch):
     """The stages with models that have hardly learnt anything, in this process."""
@@ -120,6 +128,7 @@ def test_the_stages_lead_to_a_report_that_needs_the_published_file_alone(small, 
     counts = {job[4]: len(result["withheld"]) for job, result in runs.items()}
     assert counts.pop("S2L-PO, withheld") == 8 and {*counts.values()} == {0}  # a number a step
     assert {arm for arm, _ in best} == {*length.ARMS, *length.ABLATIONS}
+    assert length.halved(length.published(), 5)["GRPO"] == "--lr 0.0002 --minibatches 4"
     monkeypatch.setattr(length, "RUNS", length.RUNS / "elsewhere")
     monkeypatch.setattr(length, "work", None)  # nothing is made again
     length.confirm(small)
