@@ -60,7 +60,7 @@ LONG = {1: (4e-4, 8e-4, 1.6e-3, 3.2e-3), 4: (4e-4, 8e-4, 1.6e-3)}
 GRID = {5: RATES, 10: RATES, 20: LONG, 40: LONG}  # steps: {mini-batches: rates} that an arm is searched at
 HEATS = (1.3, 1.6, 2.2)  # and "GRPO, hot" at these temperatures
 FEW, MANY = "--minibatches 1", "--minibatches 4"  # settings that S2L-PO and RAFT are compared at too
-HALF = "some arms at half their best rate"  # with twenty steps, where many arms collapse at their best
+HALF = "some arms at half their best rate"  # is their order more than the order of their collapses?
 WORTH = {m: f"as docs/worth.md with --minibatches {m}" for m in (2, 1)}
 SHAPES = {  # of a run, and for how many steps the explorer is alone in ALONE. `worth`: as in docs/worth.md
     "": ("--steps 40 --mix-steps 20 --prompts-per-step 16 --eval-every 4 --eval-n 4", 10),
@@ -350,13 +350,12 @@ def as_worth(minibatches):
 
 
 def confirm(args):
-    """Each arm at its best setting; S2L-PO and RAFT with one mini-batch and four too; at 5 steps also
-    docs/worth.md's setting, at 20 half the best rate."""
+    """Each arm at its best setting; S2L-PO and RAFT with one mini-batch and four too; some arms at half their
+    best rate; at 5 steps also docs/worth.md's setting."""
     for steps in args.steps:
         results = published()
         candidate, _ = chosen(results, steps)
-        best = [best_of(results, steps, among) for among in ("", FEW, MANY)]
-        best += [halved(results, steps)] if steps == 20 else []
+        best = [best_of(results, steps, among) for among in ("", FEW, MANY)] + [halved(results, steps)]
         pairs, seeds = qualified(args, steps, candidate, *CONFIRM), range(SEEDS)
         jobs = [("run", steps, candidate, pair, arm, setting, seed) for seed in seeds for pair in pairs
                 for settings in best for arm, setting in settings.items()]
@@ -473,9 +472,10 @@ HYPOTHESES = {  # name: endpoint, (steps, settings), its first arm, its second, 
     "d4": ("area", (20, ""), "S2L-PO", "GRPO, min-p", None)}
 AFTERWARDS = {  # what was looked at when the planned runs were there
     "a in area": ("area", (10, ""), "S2L-PO", "GRPO, hot", 5),
-    "a at half": ("area", (20, HALF), "S2L-PO", "GRPO, hot", None),
-    "d at half": ("area", (20, HALF), "GRPO, min-p", "GRPO, hot", None),
-    "e at half": ("area", (20, HALF), "S2L-PO", "GRPO, min-p", None)}
+    "a3 at half": ("area", (20, HALF), "S2L-PO", "GRPO, hot", 5)} | {
+    f"{name}, {steps}, at half": ("area", (steps, HALF), first, second, None) for steps in (5, 10, 20)
+    for name, first, second in (("a", "S2L-PO", "GRPO, hot"), ("d", "GRPO, min-p", "GRPO, hot"),
+                                ("e", "S2L-PO", "GRPO, min-p"))}
 
 
 def verdicts(found):
@@ -501,8 +501,8 @@ def report(args):
         ends[steps] = report_base(results, steps)
         report_search(results, steps)
         parts = [(among, partial(best_of, results, steps, among), "") for among in ("", FEW, MANY)]
+        parts += [(HALF, partial(halved, results, steps), "")]
         parts += [(WORTH[m], partial(as_worth, m), "worth") for m in WORTH if steps == 5]
-        parts += [(HALF, partial(halved, results, steps), "")] if steps == 20 else []
         for part, settings, shape in parts:
             print(f"\n{steps} steps, {part or 'each arm at its best setting'}")
             try:

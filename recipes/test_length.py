@@ -123,12 +123,13 @@ def test_the_stages_lead_to_a_report_that_needs_the_published_file_alone(small, 
     assert len(of("pair")) == 2 + 1 and len(of("base")) == len(length.SOURCES)
     best = {item for among in ("", length.FEW, length.MANY)
             for item in length.best_of(length.published(), 5, among).items()}
-    assert len(of("run")) == 2 * 5 * 3 + len(best) + 3 * 2  # searched; confirmed, and with worth.md's setting
+    half = length.halved(length.published(), 5)
+    assert len(of("run")) == 2 * 5 * 3 + len(best | {*half.items()}) + 3 * 2  # as worth.md
     runs = {job: result for job, result in length.published().items() if job[0] == "run"}
     counts = {job[4]: len(result["withheld"]) for job, result in runs.items()}
     assert counts.pop("S2L-PO, withheld") == 8 and {*counts.values()} == {0}  # a number a step
     assert {arm for arm, _ in best} == {*length.ARMS, *length.ABLATIONS}
-    assert length.halved(length.published(), 5)["GRPO"] == "--lr 0.0002 --minibatches 4"
+    assert half["GRPO"] == "--lr 0.0002 --minibatches 4"
     monkeypatch.setattr(length, "RUNS", length.RUNS / "elsewhere")
     monkeypatch.setattr(length, "work", None)  # nothing is made again
     length.confirm(small)
