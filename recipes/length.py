@@ -268,7 +268,18 @@ def chosen(results, steps):
     for candidate in range(len(CANDIDATES[steps])):
         if len(pairs := fitting(results, steps, candidate, among)) >= count:
             return candidate, pairs[:count]
-    raise ValueError(f"no models for {steps} steps: python -m recipes.length models --steps {steps}")
+    raise ValueError(f"no models for {steps} steps that fit: python -m recipes.length models --steps {steps}")
+
+
+def with_models(lengths):
+    """Those of which models could be made; says so of the others."""
+    for steps in lengths:
+        try:
+            chosen(published(), steps)
+        except ValueError as missing:
+            print(missing)
+        else:
+            yield steps
 
 
 def qualified(args, steps, candidate, among, count):
@@ -294,7 +305,7 @@ def models(args):
 
 
 def base(args):
-    for steps in args.steps:
+    for steps in with_models(args.steps):
         candidate, _ = chosen(published(), steps)
         pairs = qualified(args, steps, candidate, *CONFIRM)
         make(args, f"{steps} steps, base models", [("base", steps, candidate, pair, source) for pair in pairs
@@ -303,7 +314,7 @@ def base(args):
 
 
 def search(args):
-    for steps in args.steps:
+    for steps in with_models(args.steps):
         candidate, pairs = chosen(published(), steps)
         make(args, f"{steps} steps, search",
              [("run", steps, candidate, pair, arm, setting, 100) for pair in pairs for arm in ARMS
@@ -352,7 +363,7 @@ def as_worth(minibatches):
 def confirm(args):
     """Each arm at its best setting; S2L-PO and RAFT with one mini-batch and four too; some arms at half their
     best rate; at 5 steps also docs/worth.md's setting."""
-    for steps in args.steps:
+    for steps in with_models(args.steps):
         results = published()
         candidate, _ = chosen(results, steps)
         best = [best_of(results, steps, among) for among in ("", FEW, MANY)] + [halved(results, steps)]

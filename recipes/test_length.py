@@ -111,6 +111,8 @@ def small(tmp_path, monkeypatch):
 
 def test_the_stages_lead_to_a_report_that_needs_the_published_file_alone(small, monkeypatch, capsys):
     """What is published must be all that the verdicts rest on, and an interrupted study goes on."""
+    length.search(small)
+    assert "no models for 5 steps that fit" in capsys.readouterr().out
     length.models(small)
     length.base(small)
     with pytest.raises(ValueError, match="GRPO has not been searched"):
