@@ -272,14 +272,12 @@ def chosen(results, steps):
 
 
 def with_models(lengths):
-    """Those of which models could be made; says so of the others."""
+    """(steps, candidate, search pairs) of the lengths that have models; says which have none."""
     for steps in lengths:
         try:
-            chosen(published(), steps)
+            yield steps, *chosen(published(), steps)
         except ValueError as missing:
             print(missing)
-        else:
-            yield steps
 
 
 def qualified(args, steps, candidate, among, count):
@@ -305,8 +303,7 @@ def models(args):
 
 
 def base(args):
-    for steps in with_models(args.steps):
-        candidate, _ = chosen(published(), steps)
+    for steps, candidate, _ in with_models(args.steps):
         pairs = qualified(args, steps, candidate, *CONFIRM)
         make(args, f"{steps} steps, base models", [("base", steps, candidate, pair, source) for pair in pairs
                                                    for source in SOURCES])
@@ -314,8 +311,7 @@ def base(args):
 
 
 def search(args):
-    for steps in with_models(args.steps):
-        candidate, pairs = chosen(published(), steps)
+    for steps, candidate, pairs in with_models(args.steps):
         make(args, f"{steps} steps, search",
              [("run", steps, candidate, pair, arm, setting, 100) for pair in pairs for arm in ARMS
               for setting in grid(steps, arm)])
@@ -363,9 +359,8 @@ def as_worth(minibatches):
 def confirm(args):
     """Each arm at its best setting; S2L-PO and RAFT with one mini-batch and four too; some arms at half their
     best rate; at 5 steps also docs/worth.md's setting."""
-    for steps in with_models(args.steps):
+    for steps, candidate, _ in with_models(args.steps):
         results = published()
-        candidate, _ = chosen(results, steps)
         best = [best_of(results, steps, among) for among in ("", FEW, MANY)] + [halved(results, steps)]
         pairs, seeds = qualified(args, steps, candidate, *CONFIRM), range(SEEDS)
         jobs = [("run", steps, candidate, pair, arm, setting, seed) for seed in seeds for pair in pairs
@@ -470,6 +465,12 @@ def report_runs(results, steps, settings, shape=""):
     return found
 
 
+def better(best, half):
+    """Of each arm of `half` the one with the larger mean area: is the order of arms that of their collapses?
+    All are report_runs'."""
+    return {arm: max(best[arm], of, key=lambda of: of["area"].mean()) for arm, of in half.items()}
+
+
 HYPOTHESES = {  # name: endpoint, (steps, settings), its first arm, its second, with what steps it is compared
     "a1": ("at 8", (10, ""), "S2L-PO", "GRPO, hot", 5),
     "a2": ("at 8", (20, ""), "S2L-PO", "GRPO, hot", 5),
@@ -520,9 +521,8 @@ def report(args):
                 found[steps, part] = report_runs(results, steps, settings(), shape)
             except ValueError as missing:
                 print(missing)
-        if {(steps, ""), (steps, HALF)} <= found.keys():  # is the order of arms that of their collapses?
-            found[steps, BETTER] = {arm: max(found[steps, ""][arm], half, key=lambda of: of["area"].mean())
-                                    for arm, half in found[steps, HALF].items()}
+        if {(steps, ""), (steps, HALF)} <= found.keys():
+            found[steps, BETTER] = better(found[steps, ""], found[steps, HALF])
     print()
     verdicts(found)
     if args.steps == [*CANDIDATES]:

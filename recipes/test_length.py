@@ -2,6 +2,7 @@
 import gzip
 import json
 import random
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -89,6 +90,13 @@ def test_a_run_that_ends_far_below_its_best_has_collapsed():
     assert length.endpoints(run | {"strict@1": [0.4, 0.9, 0.75]}, run)["collapsed"] == 0
 
 
+def test_each_arm_has_the_better_of_two_rates():
+    low, high = ({"area": torch.tensor(x), "at 8": torch.tensor([place])}
+                 for x, place in (([0.2, 0.4], 9.0), ([0.3, 0.5], 1.0)))
+    found = length.better({"GRPO": low, "S2L-PO": high, "abrupt switch": high}, {"GRPO": high, "S2L-PO": low})
+    assert found == {"GRPO": high, "S2L-PO": high}  # whole, also where its other endpoints are lower
+
+
 @pytest.fixture
 def small(tmp_path, monkeypatch):
     """The stages with models that have hardly learnt anything, in this process."""
@@ -136,7 +144,9 @@ def test_the_stages_lead_to_a_report_that_needs_the_published_file_alone(small, 
     monkeypatch.setattr(length, "work", None)  # nothing is made again
     length.confirm(small)
     length.report(small)
-    assert said.split("\n5 steps, pairs")[-1][-400:] in capsys.readouterr().out
+    again = capsys.readouterr().out
+    assert re.search(r"better of both rates, area: S2L-PO - GRPO, hot: [-+]", again)  # and not: "missing"
+    assert said.split("\n5 steps, pairs")[-1][-400:] in again
 
 
 def test_supervised_steps_pay_for_no_pi_old(small, monkeypatch):
